@@ -1,0 +1,121 @@
+"""What the tests share: a tiny model with its own tokenizer, small texts of three domains, and a mixture.yaml of them."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import vtmix  # noqa: F401  (sets OMP_WAIT_POLICY before any library starts OpenMP)
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = {
+    "law": "court statute plaintiff appeal contract liability judge clause tort evidence verdict counsel".split(),
+    "medicine": "patient dose symptom therapy clinical artery infection diagnosis tissue vaccine nurse chronic".split(),
+    "code": "def return class import lambda yield list dict tuple assert raise async".split(),
+}
+
+
+def sentence(domain: str, index: int, length: int = 8) -> str:
+    """A text of the domain's words, different for every index."""
+    words = WORDS[domain]
+    state = index * 2654435761 + 1
+    chosen = []
+    for _ in range(length):
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        chosen.append(words[(state >> 33) % len(words)])
+    return f"{' '.join(chosen)} {index}."
+
+
+def records(domain: str, count: int, start: int = 0) -> list[dict[str, str]]:
+    return [
+        {"prompt": f"Tell me: {sentence(domain, i, 4)}", "response": sentence(domain, i + 10_000, 5 + i % 9)}
+        for i in range(start, start + count)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with a byte-level BPE tokenizer of 512 tokens, as a Hugging Face folder."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((sentence(domain, i) for domain in WORDS for i in range(300)), trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[2], pad_token=special[0]
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.save_pretrained(folder)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            bos_token_id=0,
+            eos_token_id=2,
+            pad_token_id=0,
+            tie_word_embeddings=True,
+        )
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
+    """Writes data of three domains and a mixture.yaml with the given overrides; returns the file's path."""
+
+    def write(folder: Path = tmp_path, samples: int = 60, **overrides: Any) -> Path:
+        for domain in WORDS:
+            write_jsonl(folder / "data" / f"{domain}.jsonl", records(domain, samples))
+        config: dict[str, Any] = {
+            "model": str(tiny_model),
+            "seed": 7,
+            "epochs": 3,
+            "samples_per_epoch": 48,
+            "domains": {domain: {"train": f"data/{domain}.jsonl"} for domain in WORDS},
+            "encoding": {"max_length": 64},
+            "pool": {"eval_fraction": 0.2},
+            "detection": {"iterations": 2, "samples": 32, "block": 8, "max_tokens": 16, "precision": "fp32"},
+            "reference": {"epochs": 2, "samples": 16, "batch_size": 8, "lr": 3e-3},
+            "training": {"batch_size": 8, "lr": 1e-3, "eval_batch_size": 8},
+        }
+        for key, value in overrides.items():
+            config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
+        path = folder / "mixture.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(config, sort_keys=False))
+        return path
+
+    return write

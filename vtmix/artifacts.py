@@ -1,0 +1,380 @@
+"""The artefacts of a run: small JSON files that a person can read, and where they stand in the run folder.
+
+Every artefact carries `inputs`: what it was made from. A stage whose artefact exists with equal inputs has nothing to
+do; with other inputs it refuses, naming what differs. An artefact without `inputs` was written by hand and is taken
+as it is. Artefacts hold no timestamps, host names or absolute paths, so equal runs are equal files.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from vtmix import commit
+from vtmix.config import DomainName, Model, flatten
+from vtmix.errors import ConflictError, DamageError, MissingError, listing
+
+Inputs = dict[str, Any]
+Count = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Artefact(Model):
+    """Base of every artefact: read, compared and written in one way."""
+
+    inputs: Annotated[Inputs | None, Field(description="what this was made from; null: written by hand")] = None
+
+    def text(self) -> bytes:
+        """The canonical file content: indented JSON, UTF-8, one trailing newline."""
+        content = self.model_dump(mode="json")
+        return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical content."""
+        return fingerprint(self.model_dump(mode="json"))
+
+    @classmethod
+    def read(cls, path: Path, remedy: str) -> Self:
+        """The artefact at `path`.
+
+        Raises MissingError (which ends with `remedy`) when there is none, DamageError when it does not validate.
+        """
+        try:
+            raw = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingError(f"{_what(path)} not found ({path}): {remedy}") from None
+        try:
+            return cls.model_validate_json(raw)
+        except ValidationError as error:
+            lines = (
+                f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']} (found {_shorten(item['input'])})"
+                for item in error.errors()
+            )
+            raise DamageError(f"{path} is not a valid {cls.__name__.lower()}:\n  {listing(lines)}") from None
+
+    def publish(self, path: Path) -> bool:
+        """Commits the artefact; False when it was committed before."""
+        return commit.publish_file(path, self.text())
+
+    @classmethod
+    def committed(cls, path: Path, inputs: Inputs) -> Self | None:
+        """The artefact at `path` if it was made from `inputs` (or by hand), None if there is none.
+
+        Raises ConflictError naming every input that differs.
+        """
+        if not path.exists():
+            return None
+        found = cls.read(path, "")
+        if found.inputs is None:
+            return found
+        changed = compare(found.inputs, inputs)
+        if changed:
+            raise ConflictError(
+                f"{path} was made from other inputs, and committed files never change:\n  {listing(changed)}\n"
+                f"restore what changed, or start another run folder"
+            )
+        return found
+
+
+def fingerprint(content: Any) -> str:
+    """SHA-256 of content in canonical JSON. Anything JSON cannot hold is refused rather than guessed at."""
+    data = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(data.encode()).hexdigest()
+
+
+def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """One line for every dotted key whose values differ."""
+    old, new = flatten(dict(before)), flatten(_plain(after))
+    return [
+        f"{key} was {_shorten(old.get(key))}, is now {_shorten(new.get(key))}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
+    return plain
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _what(path: Path) -> str:
+    """An artefact's path in words: weights/epoch-0002.json is `weights for epoch 2`."""
+    stem = path.parent.name if path.name in ("manifest.json", "pool.json") else path.stem
+    kind = path.parent.parent.name if path.name == "manifest.json" else path.parent.name
+    if stem.startswith("epoch-"):
+        return f"{kind} for epoch {int(stem.removeprefix('epoch-'))}"
+    return f"pool of '{stem}'" if path.name == "pool.json" else stem
+
+
+class PoolPart(Model):
+    """One Arrow file of a pool."""
+
+    name: str
+    samples: Count
+    bytes: Count
+    sha256: str
+
+
+class EvalSplit(Model):
+    """A domain's held-out samples."""
+
+    samples: Count
+    tokens: Count
+    response_tokens: Count
+    digest: Annotated[str, Field(description="SHA-256 of the sample ids in order")]
+
+
+class PoolManifest(Artefact):
+    """What a pool says of itself (pool/<domain>/pool.json)."""
+
+    domain: DomainName
+    samples: Count
+    tokens: Count
+    response_tokens: Count
+    bytes: Annotated[Count, Field(description="encoded samples, without Arrow's framing")]
+    max_sample_bytes: Count
+    records: Annotated[Count, Field(description="records read, over all sources")]
+    rejected: Annotated[Count, Field(description="records that could not be used, within the tolerance set")]
+    duplicates: Annotated[Count, Field(description="exact repetitions dropped")]
+    truncated: Annotated[Count, Field(description="samples cut at max_length")]
+    overlong_dropped: Annotated[Count, Field(description="samples dropped by the overlong rule")]
+    leaks_dropped: Annotated[Count, Field(description="training samples dropped since an eval split holds them")]
+    eval: EvalSplit
+    parts: tuple[PoolPart, ...]
+
+
+class DomainShare(Model):
+    """One domain's share of the detected knowledge."""
+
+    mean: Probability
+    standard_error: Annotated[float, Field(ge=0, description="over samples")]
+    spread: Annotated[float, Field(ge=0, description="standard deviation of the iterations' means")]
+    low: Annotated[Probability, Field(description="95 % interval, lower end")]
+    high: Annotated[Probability, Field(description="95 % interval, upper end")]
+
+
+class ClassifierReport(Model):
+    """How well the classifier does on labelled text it was not fitted on."""
+
+    kind: str
+    heldout_texts: Count
+    accuracy: Probability
+    macro_f1: Probability
+    calibration_error: Annotated[float, Field(ge=0, description="expected calibration error, 10 equal-width bins")]
+    confusion: Annotated[
+        dict[str, dict[str, float]], Field(description="true domain → mean predicted probabilities, on held-out text")
+    ]
+
+
+class DetectionReport(Artefact):
+    """The knowledge distribution with error bars (detection/detection.json)."""
+
+    distribution: Annotated[dict[DomainName, Probability], Field(description="sums to 1 over the domains")]
+    shares: dict[DomainName, DomainShare] = {}
+    unclassified: Annotated[Probability, Field(description="mass outside the domains, before renormalising")] = 0.0
+    samples: Count = 0
+    tokens: Annotated[Count, Field(description="generated tokens")] = 0
+    start_token: str | None = None
+    classifier: ClassifierReport | None = None
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Self:
+        _check_simplex(self.distribution, "distribution")
+        return self
+
+
+class DomainLoss(Model):
+    """Summed loss over response tokens of a domain's eval samples."""
+
+    nats: float
+    tokens: Count
+    bytes: Count
+    samples: Count
+    standard_error: Annotated[float | None, Field(description="of nats per token; null below two samples")] = None
+
+    @property
+    def per_token(self) -> float:
+        """Nats per response token."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def per_byte(self) -> float:
+        """Nats per response byte."""
+        return self.nats / self.bytes if self.bytes else math.nan
+
+
+class Losses(Artefact):
+    """Eval losses per domain after an epoch; epoch 0 is the base model (losses/epoch-000N.json)."""
+
+    epoch: Count
+    tokenizer: Annotated[str, Field(description="digest: losses per token of two tokenizers cannot be compared")]
+    mixture: Annotated[str | None, Field(description="digest of the mixture trained on; null for the base model")]
+    domains: dict[DomainName, DomainLoss]
+
+
+class ReferenceLoss(DomainLoss):
+    """The lowest held-out loss of a domain's reference model, and the curve it was taken from."""
+
+    epoch: Count
+    curve: Annotated[tuple[float, ...], Field(description="nats per token, before training and after each epoch")] = ()
+
+
+class Reference(Artefact):
+    """The mastery ceiling per domain (reference/reference.json)."""
+
+    tokenizer: str
+    domains: dict[DomainName, ReferenceLoss]
+
+
+class WeightTerms(Model):
+    """The terms that led to one domain's weight (Eqs. 3 and 4, Algorithm 2)."""
+
+    weight: Probability
+    previous: Probability | None = None
+    loss: float | None = None
+    reference_loss: float | None = None
+    potential: Annotated[float | None, Field(description="learnable potential γ, clipped at 0")] = None
+    potential_raw: Annotated[float | None, Field(description="γ before clipping")] = None
+    previous_loss: float | None = None
+    forgetting: Annotated[float | None, Field(description="forgetting degree φ, clipped at 0")] = None
+    forgetting_raw: Annotated[float | None, Field(description="φ before clipping")] = None
+    factor: Annotated[float | None, Field(description="1 + σγ, what the previous weight was multiplied by")] = None
+
+
+class Weights(Artefact):
+    """Target shares for one epoch, and the arithmetic that led to them (weights/epoch-000N.json)."""
+
+    epoch: Annotated[int, Field(ge=1)]
+    algorithm: str = "by hand"
+    unit: Annotated[
+        Literal["nats_per_token", "nats_per_byte"] | None, Field(description="of the losses in `terms`")
+    ] = None
+    weights: Annotated[dict[DomainName, Probability], Field(description="sums to 1")]
+    terms: dict[DomainName, WeightTerms] = {}
+    warnings: Annotated[tuple[str, ...], Field(description="signal health, in words")] = ()
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Self:
+        _check_simplex(self.weights, "weights")
+        return self
+
+
+class DomainPlan(Model):
+    """What one epoch takes from one domain's pool."""
+
+    weight: Probability
+    count: Count
+    position: Annotated[Count, Field(description="where in the endless repetition of the pool the epoch begins")]
+    pool_samples: Count
+    pool: Annotated[str, Field(description="fingerprint of the pool")]
+    passes: Annotated[float, Field(ge=0, description="count / pool_samples")]
+    unique: Annotated[Count, Field(description="different samples among the count")]
+
+
+class Plan(Artefact):
+    """Counts and positions per domain for one epoch (plan/epoch-000N.json). Its size does not grow with the epoch."""
+
+    epoch: Annotated[int, Field(ge=1)]
+    samples: Annotated[int, Field(ge=1)]
+    shards: Annotated[int, Field(ge=1)]
+    seed: Count
+    domains: dict[DomainName, DomainPlan]
+
+
+class MixtureFile(Model):
+    """One file of a mixture."""
+
+    name: str
+    bytes: Count
+    sha256: str
+
+
+class DomainCount(Model):
+    """One domain's realised part of a mixture."""
+
+    weight: Probability
+    samples: Count
+    proportion: Probability
+    tokens: Count
+    response_tokens: Count
+
+
+class Manifest(Artefact):
+    """What a mixture says of itself (mixture/epoch-000N/manifest.json); the mixture exists when this does."""
+
+    epoch: Annotated[int, Field(ge=1)]
+    fingerprint_of_inputs: str
+    samples: Count
+    tokens: Count
+    bytes: Count
+    domains: dict[DomainName, DomainCount]
+    files: tuple[MixtureFile, ...]
+
+    def digest(self) -> str:
+        """SHA-256 of the manifest's bytes, which stand for every byte of the mixture."""
+        return hashlib.sha256(self.text()).hexdigest()
+
+
+def _check_simplex(shares: Mapping[str, float], what: str) -> None:
+    total = math.fsum(shares.values())
+    if not shares or abs(total - 1) > 1e-9:
+        raise ValueError(f"{what} sum to {total:.12g}, expected 1 (within 1e-9)")
+
+
+class RunFolder:
+    """Where everything of one run stands; names only, nothing is created."""
+
+    def __init__(self, path: Path, pool: Path | None = None) -> None:
+        self.path = path
+        self.pools = pool or path / "pool"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "mixture.yaml"
+
+    def pool(self, domain: str) -> Path:
+        return self.pools / domain
+
+    @property
+    def detection(self) -> Path:
+        return self.path / "detection" / "detection.json"
+
+    @property
+    def reference(self) -> Path:
+        return self.path / "reference" / "reference.json"
+
+    def losses(self, epoch: int) -> Path:
+        return self.path / "losses" / f"epoch-{epoch:04d}.json"
+
+    def weights(self, epoch: int) -> Path:
+        return self.path / "weights" / f"epoch-{epoch:04d}.json"
+
+    def plan(self, epoch: int) -> Path:
+        return self.path / "plan" / f"epoch-{epoch:04d}.json"
+
+    def mixture(self, epoch: int) -> Path:
+        return self.path / "mixture" / f"epoch-{epoch:04d}"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+
+SCHEMAS: dict[str, type[Artefact]] = {
+    "pool": PoolManifest,
+    "detection": DetectionReport,
+    "reference": Reference,
+    "losses": Losses,
+    "weights": Weights,
+    "plan": Plan,
+    "manifest": Manifest,
+}
