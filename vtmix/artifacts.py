@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from vtmix import commit
-from vtmix.config import DomainName, Model, flatten
+from vtmix.config import DomainName, MixtureConfig, Model, flatten
 from vtmix.errors import ConflictError, DamageError, MissingError, listing
 
 Inputs = dict[str, Any]
@@ -195,11 +195,14 @@ class DetectionReport(Artefact):
 class DomainLoss(Model):
     """Summed loss over response tokens of a domain's eval samples."""
 
-    nats: float
+    # Not finite is let in so that the update can refuse it by name.
+    nats: Annotated[float, Field(allow_inf_nan=True)]
     tokens: Count
     bytes: Count
     samples: Count
-    standard_error: Annotated[float | None, Field(description="of nats per token; null below two samples")] = None
+    standard_error: Annotated[
+        float | None, Field(allow_inf_nan=True, description="of nats per token; null below two samples")
+    ] = None
 
     @property
     def per_token(self) -> float:
@@ -367,6 +370,12 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+
+def run_folder(config: MixtureConfig) -> RunFolder:
+    """The run folder a configuration names, with absolute paths."""
+    pool = config.resolve(config.pool.folder) if config.pool.folder else None
+    return RunFolder(config.resolve(config.run), pool)
 
 
 SCHEMAS: dict[str, type[Artefact]] = {

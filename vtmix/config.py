@@ -1,7 +1,8 @@
 """mixture.yaml as frozen models: what a run is made from.
 
 Unknown keys are errors that name the nearest known one; every offender is reported at once. Relative paths refer to
-the folder of mixture.yaml. `vtmix init` writes a commented template, schemas/mixture.schema.json completes it in editors.
+the folder of mixture.yaml. `vtmix init` writes a commented template; schemas/mixture.schema.json completes it in
+editors.
 """
 
 import difflib
@@ -248,7 +249,7 @@ class MixtureConfig(Model):
     mixture: Mixture = Mixture()
     training: Training = Training()
 
-    _root: Path = PrivateAttr(default=Path("."))
+    _root: Path = PrivateAttr(default=Path())
 
     @model_validator(mode="after")
     def _floor_fits(self) -> Self:

@@ -1,0 +1,198 @@
+"""Writes an epoch's mixture as MDS shards: `python -m vtmix.compile --epoch 2`.
+
+Shards are staged, each complete or absent; index.json, then manifest.json follow, and one rename publishes the mixture.
+An interrupted compile resumes from the shards that are complete and yields the same bytes.
+"""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vtmix import commit, config, distribute, mds, progress
+from vtmix.artifacts import (
+    DomainCount,
+    Inputs,
+    Manifest,
+    MixtureFile,
+    Plan,
+    Weights,
+    fingerprint,
+    run_folder,
+)
+from vtmix.config import MixtureConfig
+from vtmix.errors import ConflictError, VtmixError
+from vtmix.plan import make_plan
+from vtmix.pool import Pool, open_pool
+from vtmix.shards import ShardReport, ShardWriter
+
+MANIFEST = "manifest.json"
+FORMAT = "mds-2"
+
+
+def open_pools(config: MixtureConfig) -> dict[str, Pool]:
+    """The committed pool of every domain."""
+    run = run_folder(config)
+    return {name: open_pool(run.pool(name)) for name in config.domains}
+
+
+def planned(config: MixtureConfig, epoch: int, pools: Mapping[str, Pool]) -> Plan:
+    """The plan of an epoch from its weights, its pools and the plan of the epoch before; nothing is written.
+
+    Raises MissingError without weights, MixtureError when the pools cannot serve them, ConflictError when another plan
+    is committed.
+    """
+    run = run_folder(config)
+    remedy = (
+        "run `vtmix weights` first, or write the file by hand"
+        if epoch == 1
+        else (f"train epoch {epoch - 1} first, or write the file by hand")
+    )
+    weights = Weights.read(run.weights(epoch), remedy)
+    previous = Plan.read(run.plan(epoch - 1), f"plan epoch {epoch - 1} first") if epoch > 1 else None
+    plan = make_plan(
+        weights,
+        {name: pool.manifest for name, pool in pools.items()},
+        samples=config.samples_per_epoch,
+        seed=config.seed,
+        shard_bytes=config.mixture.shard_bytes,
+        max_passes=config.mixture.max_passes,
+        previous=previous,
+    )
+    return Plan.committed(run.plan(epoch), plan.inputs or {}) or plan
+
+
+def mixture_inputs(plan: Plan, shard_bytes: int) -> Inputs:
+    """What a mixture is made from: its plan in full, so that a difference can be named."""
+    return {"format": FORMAT, "shard_bytes": shard_bytes, "plan": plan.model_dump(mode="json", exclude={"inputs"})}
+
+
+def compile_epoch(config: MixtureConfig, epoch: int, workers: int | None = None) -> tuple[Manifest, bool]:
+    """Plans and compiles an epoch; the flag is False when its mixture was committed before.
+
+    Raises ConflictError when a mixture of other inputs is committed, LockedError while another compile is at work.
+    """
+    run = run_folder(config)
+    with commit.lock(run.path, "compile"):
+        pools = open_pools(config)
+        plan = planned(config, epoch, pools)
+        plan.publish(run.plan(epoch))
+        final = run.mixture(epoch)
+        inputs = mixture_inputs(plan, config.mixture.shard_bytes)
+        committed = Manifest.committed(final / MANIFEST, inputs)
+        if committed is not None:
+            return committed, False
+        if final.exists():
+            raise ConflictError(f"{final}: exists without {MANIFEST}, so vtmix did not write it: move it away")
+        return _compile(plan, pools, inputs, final, workers), True
+
+
+def _compile(plan: Plan, pools: Mapping[str, Pool], inputs: Inputs, final: Path, workers: int | None) -> Manifest:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    identity = fingerprint(inputs)
+    staging = commit.staging_folder(final, identity)
+    if not (staging / MANIFEST).exists():
+        writer = ShardWriter(plan, pools, inputs["shard_bytes"])
+        shards = _write_shards(writer, staging, workers)
+        _write_index(staging, shards, inputs["shard_bytes"])
+        manifest = _manifest(plan, inputs, identity, staging, shards)
+        commit.write_staged(staging / MANIFEST, manifest.text())
+    for record in staging.glob("*.done"):
+        record.unlink()
+    manifest = Manifest.read(staging / MANIFEST, "")
+    commit.publish_folder(staging, final)
+    return manifest
+
+
+def _write_shards(writer: ShardWriter, staging: Path, workers: int | None) -> list[ShardReport]:
+    tasks = writer.tasks()
+    reports = []
+    with progress.bar(f"compiling epoch {writer.plan.epoch}", len(tasks), "shards") as advance:
+        # Threads: gathering, hashing and writing all release the interpreter lock.
+        for report in distribute.run(
+            lambda task: writer.write(task, staging), tasks, backend="threads", workers=workers
+        ):
+            reports.append(report)
+            advance(1)
+    return sorted(reports, key=lambda report: report.name)
+
+
+def _write_index(staging: Path, shards: Sequence[ShardReport], shard_bytes: int) -> None:
+    content = mds.index([(shard.samples, shard.bytes) for shard in shards], shard_bytes)
+    commit.write_staged(staging / mds.INDEX, content)
+
+
+def _manifest(plan: Plan, inputs: Inputs, identity: str, staging: Path, shards: Sequence[ShardReport]) -> Manifest:
+    index = (staging / mds.INDEX).read_bytes()
+    files = [MixtureFile(name=mds.INDEX, bytes=len(index), sha256=hashlib.sha256(index).hexdigest())]
+    files += [MixtureFile(name=shard.name, bytes=shard.bytes, sha256=shard.sha256) for shard in shards]
+    domains = {
+        name: DomainCount(
+            weight=domain.weight,
+            samples=domain.count,
+            proportion=domain.count / plan.samples,
+            tokens=sum(shard.tokens[name] for shard in shards),
+            response_tokens=sum(shard.response_tokens[name] for shard in shards),
+        )
+        for name, domain in plan.domains.items()
+    }
+    return Manifest(
+        inputs=inputs,
+        epoch=plan.epoch,
+        fingerprint_of_inputs=identity,
+        samples=plan.samples,
+        tokens=sum(domain.tokens for domain in domains.values()),
+        bytes=sum(shard.bytes for shard in shards),
+        domains=domains,
+        files=tuple(files),
+    )
+
+
+def describe(plan: Plan, config: MixtureConfig) -> str:
+    """A plan in words: a line per domain, and the fingerprint of the mixture it leads to."""
+    lines = [f"epoch {plan.epoch}: {plan.samples:,} samples in {plan.shards:,} shards"]
+    for name, domain in plan.domains.items():
+        lines.append(
+            f"  {name}: weight {domain.weight:.4f}, {domain.count:,} samples "
+            f"({domain.count / plan.samples:.4f}), {domain.passes:.2f} passes over {domain.pool_samples:,}"
+        )
+    lines.append(f"  fingerprint {fingerprint(mixture_inputs(plan, config.mixture.shard_bytes))}")
+    return "\n".join(lines)
+
+
+def summarise(manifest: Manifest, folder: Path, *, fresh: bool) -> str:
+    """What a compile did, in one line."""
+    size = f"{manifest.samples:,} samples, {manifest.tokens:,} tokens, {manifest.bytes / 2**20:.1f} MiB"
+    state = "committed" if fresh else "up to date"
+    return f"{state}: {folder} ({size} in {len(manifest.files) - 1} shards)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of `python -m vtmix.compile`; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vtmix.compile",
+        description="Compiles an epoch's mixture from its weights: plan/epoch-000N.json and mixture/epoch-000N/.",
+        epilog="A compile that was interrupted resumes; one that is up to date writes nothing.",
+    )
+    parser.add_argument("--epoch", type=int, required=True, help="the epoch to compile, from 1")
+    parser.add_argument("--config", help="the configuration (default: ./mixture.yaml)")
+    parser.add_argument("--run", help="the run folder, instead of the one the configuration names")
+    parser.add_argument("--workers", type=int, help="threads that write shards (default: one per core)")
+    parser.add_argument("--dry-run", action="store_true", help="print counts and fingerprint, write nothing")
+    options = parser.parse_args(arguments)
+    try:
+        settings = config.load(options.config, options.run)
+        if options.dry_run:
+            print(describe(planned(settings, options.epoch, open_pools(settings)), settings))
+            return 0
+        manifest, fresh = compile_epoch(settings, options.epoch, options.workers)
+        print(summarise(manifest, run_folder(settings).mixture(options.epoch), fresh=fresh))
+    except VtmixError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

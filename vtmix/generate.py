@@ -1,0 +1,186 @@
+"""Samples from a base model, given its start token alone (Algorithm 1), with transformers.
+
+A sample is drawn from the model's own distribution: temperature 1, no top-p, top-k or penalties, whatever the model's
+generation_config says. Each has a seed of its own, a hash of (run seed, iteration, index), so it is the same sample
+whichever worker draws it and whatever is drawn beside it; what is generated together is always one whole block.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from vtmix.config import MixtureConfig
+from vtmix.encode import load_tokenizer
+from vtmix.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+FinishReason = Literal["length", "stop"]
+
+# Given to generation engines and recorded in detections: the model's own distribution, nothing bent.
+DECODING = {"temperature": 1.0, "top_p": 1.0, "top_k": None, "repetition_penalty": 1.0}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated text. `token_ids` hold neither the start token nor the one that stopped it; both may be empty."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What to sample from and how: small, so that it travels to the actor that loads the model."""
+
+    model: str
+    revision: str | None
+    precision: Literal["bf16", "fp16", "fp32"]
+    device: str
+    start_token: str
+    start_id: int
+    stop_ids: tuple[int, ...]
+    max_tokens: int
+
+
+def sample_seed(seed: int, iteration: int, index: int) -> int:
+    """The seed of one sample, 0 … 2^63-1: a hash, so that neighbouring indices share nothing."""
+    digest = hashlib.sha256(f"{seed}/{iteration}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def uniforms(seeds: Sequence[int], steps: int) -> npt.NDArray[np.float64]:
+    """One number in [0, 1) per (sample, step): shape (len(seeds), steps); a row depends on its seed alone."""
+    rows = [np.random.Generator(np.random.Philox(key=seed)).random(steps) for seed in seeds]
+    return np.array(rows, np.float64).reshape(len(seeds), steps)
+
+
+def sampling(config: MixtureConfig, tokenizer: "PreTrainedTokenizerFast | None" = None) -> Sampling:
+    """The sampling a configuration asks for; reads the model's tokenizer and configuration, not its weights.
+
+    Raises ConfigError when there is no such model, the start token is not one token of its vocabulary, or max_tokens
+    does not fit its context.
+    """
+    location, settings = config.model_location(config.model), config.detection
+    tokenizer = tokenizer or load_tokenizer(location, config.model.revision)
+    token, start_id = start_of(tokenizer, settings.start_token)
+    stop_ids, context = _stop_and_context(location, config.model.revision)
+    if context is not None and settings.max_tokens >= context:
+        raise ConfigError(
+            f"detection.max_tokens {settings.max_tokens} and the start token do not fit the model's context of "
+            f"{context} tokens: set it to {context - 1} or less"
+        )
+    return Sampling(
+        model=location,
+        revision=config.model.revision,
+        precision=settings.precision,
+        device=settings.device,
+        start_token=token,
+        start_id=start_id,
+        # The start token separates documents where it is generated: what follows would be a second text.
+        stop_ids=tuple(sorted({*stop_ids, tokenizer.eos_token_id, start_id} - {None})),
+        max_tokens=settings.max_tokens,
+    )
+
+
+def start_of(tokenizer: "PreTrainedTokenizerFast", wanted: str | None) -> tuple[str, int]:
+    """The start token and its id: the wanted one, else the tokenizer's bos_token, else its eos_token.
+
+    Raises ConfigError, naming the special tokens there are, when it is not exactly one token of the vocabulary.
+    """
+    token = wanted if wanted is not None else tokenizer.bos_token or tokenizer.eos_token
+    vocabulary = tokenizer.get_vocab()
+    if token is None or token not in vocabulary:
+        known = ", ".join(repr(name) for name in sorted(tokenizer.all_special_tokens + list(tokenizer.added_tokens_encoder)))
+        found = "the tokenizer has neither bos_token nor eos_token" if token is None else (
+            f"start token {token!r} is not one token of the model's vocabulary"
+        )
+        raise ConfigError(f"{found}: set detection.start_token to the token its documents begin with, one of {known}")
+    return token, vocabulary[token]
+
+
+def _stop_and_context(location: str, revision: str | None) -> tuple[set[int], int | None]:
+    """The ids at which the model ends a text, and the tokens its context holds (None: unlimited)."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model: no model at {location!r}: {str(error).splitlines()[0]}") from None
+    try:
+        ends = GenerationConfig.from_pretrained(location, revision=revision).eos_token_id
+    except OSError:
+        ends = None
+    ends = config.eos_token_id if ends is None else ends
+    return set(ends if isinstance(ends, list) else [ends]), getattr(config, "max_position_embeddings", None)
+
+
+class TransformersGenerator:
+    """A causal language model loaded with transformers, on one device."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        self._sampling = sampling
+        self._tokenizer = load_tokenizer(sampling.model, sampling.revision)
+        self._device = sampling.device
+        if sampling.device == "auto":
+            self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[sampling.precision]
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            sampling.model, revision=sampling.revision, dtype=dtype, trust_remote_code=False
+        )
+        self._model = model.to(self._device).eval()
+        # generate() mixes the model's own defaults (top_k, penalties, …) into what it is given, unless there are none.
+        self._model.generation_config = GenerationConfig()
+        self._settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=sampling.max_tokens,
+            eos_token_id=list(sampling.stop_ids),
+            pad_token_id=sampling.start_id,
+        )
+
+    def __call__(self, seeds: Sequence[int]) -> list[Sample]:
+        """One sample per seed, in order; the seeds are those of one whole block."""
+        import torch
+
+        start = torch.full((len(seeds), 1), self._sampling.start_id, device=self._device)
+        drawn = torch.from_numpy(uniforms(seeds, self._sampling.max_tokens)).to(self._device)
+        with torch.inference_mode():
+            ids = self._model.generate(
+                start,
+                attention_mask=torch.ones_like(start),
+                generation_config=self._settings,
+                use_model_defaults=False,
+                logits_processor=[_draw(drawn)],
+            )
+        return [self._sample(row) for row in ids[:, 1:].tolist()]
+
+    def _sample(self, ids: list[int]) -> Sample:
+        end = next((i for i, token in enumerate(ids) if token in self._sampling.stop_ids), None)
+        kept = ids if end is None else ids[:end]
+        text = self._tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Sample(text, tuple(kept), "length" if end is None else "stop")
+
+
+def _draw(uniform: "torch.Tensor") -> "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]":
+    """A logits processor that leaves each row only the token its number of this step draws from the softmax."""
+    import torch
+
+    def process(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        step = ids.shape[1] - 1
+        shares = torch.softmax(logits.float(), dim=-1).double().cumsum(dim=-1)
+        sought = uniform[:, step : step + 1] * shares[:, -1:]
+        # The first token whose cumulative share exceeds the number: one of probability 0 is never drawn.
+        token = torch.searchsorted(shares, sought, right=True).clamp_(max=logits.shape[1] - 1)
+        return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
+
+    return process

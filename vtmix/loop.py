@@ -1,0 +1,190 @@
+"""The file protocol of the closed loop, for any trainer: begin, train, advance, train, …
+
+    mixture = loop.begin(config, base_losses)
+    while mixture:
+        …train on mixture.folder, evaluate every domain…
+        mixture = loop.advance(config, mixture.epoch, losses)
+
+Both functions commit files and are idempotent: a trainer that was restarted asks again and gets the same answer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vtmix import commit
+from vtmix import config as configuration
+from vtmix.artifacts import (
+    DetectionReport,
+    DomainLoss,
+    Inputs,
+    Losses,
+    Manifest,
+    Reference,
+    RunFolder,
+    Weights,
+    run_folder,
+)
+from vtmix.compile import compile_epoch, open_pools
+from vtmix.config import DETECTING, REFERENCING, MixtureConfig
+from vtmix.errors import ConflictError, MissingError, listing
+from vtmix.verify import require_intact
+from vtmix.weights import check_losses, first_weights, next_weights
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """One epoch's committed training data."""
+
+    epoch: int
+    folder: Path
+    manifest: Manifest
+    digest: str
+    """SHA-256 of the manifest: names cache folders and ties checkpoints to the data they were trained on."""
+
+
+def begin(config: MixtureConfig, base: Mapping[str, DomainLoss]) -> Mixture:
+    """Fixes the configuration, commits the base model's losses, and gives epoch 1's mixture.
+
+    Raises ConflictError when the run was begun with another configuration, LossError for losses that must not move
+    weights, MissingError when a stage before has not been run.
+    """
+    freeze(config)
+    _commit_losses(config, 0, base)
+    weigh(config, 1)
+    compile_epoch(config, 1)
+    return mixture(config, 1)
+
+
+def advance(config: MixtureConfig, epoch: int, losses: Mapping[str, DomainLoss]) -> Mixture | None:
+    """Commits an epoch's losses and gives the next epoch's mixture, None after the last.
+
+    Losses committed before are kept: a restarted trainer may bring them again. Raises LossError for losses that must
+    not move weights; then nothing has changed.
+    """
+    freeze(config)
+    _commit_losses(config, epoch, losses)
+    if epoch >= config.epochs:
+        return None
+    weigh(config, epoch + 1)
+    compile_epoch(config, epoch + 1)
+    return mixture(config, epoch + 1)
+
+
+def mixture(config: MixtureConfig, epoch: int) -> Mixture:
+    """A committed mixture, every byte of which was held against its manifest.
+
+    Raises MissingError when it does not exist, DamageError naming the files that changed.
+    """
+    folder = run_folder(config).mixture(epoch)
+    manifest = require_intact(folder)
+    return Mixture(epoch, folder, manifest, manifest.digest())
+
+
+def losses_of(config: MixtureConfig, epoch: int) -> Losses | None:
+    """The committed losses after an epoch (0: the base model's), None when there are none."""
+    path = run_folder(config).losses(epoch)
+    return Losses.read(path, "") if path.exists() else None
+
+
+def freeze(config: MixtureConfig) -> None:
+    """Commits the configuration as resolved: it holds for the whole run, save for what only steers execution.
+
+    Raises ConflictError naming every setting that changed since.
+    """
+    path = run_folder(config).config
+    if not path.exists():
+        commit.publish_file(path, configuration.resolved(config).encode())
+        return
+    changed = configuration.differences(configuration.parse(path), config.model_dump(mode="json", exclude={"run"}))
+    if changed:
+        raise ConflictError(
+            f"the run was begun with another configuration ({path}):\n  {listing(changed)}\n"
+            "restore what changed, or start another run folder"
+        )
+
+
+def weigh(config: MixtureConfig, epoch: int) -> tuple[Weights, bool]:
+    """The weights of an epoch, committed; the flag is False when they were before.
+
+    Raises MissingError naming the stage that has to run first, LossError for losses that must not move weights.
+    """
+    run = run_folder(config)
+    updates = epoch > 1 or config.weights.update_before_first_epoch
+    inputs, weights = _weights(config, run, epoch) if updates else _initial_weights(config, run)
+    committed = Weights.committed(run.weights(epoch), inputs)
+    if committed is not None:
+        return committed, False
+    return weights, weights.publish(run.weights(epoch))
+
+
+def _initial_weights(config: MixtureConfig, run: RunFolder) -> tuple[Inputs, Weights]:
+    detection = _detection(config, run)
+    inputs: Inputs = {
+        "settings": config.weights.model_dump(mode="json"),
+        "domains": list(config.domains),
+        "detection": detection.fingerprint() if detection else None,
+    }
+    detected = dict(detection.distribution) if detection else None
+    return inputs, first_weights(config.weights, tuple(config.domains), detected, inputs)
+
+
+def _weights(config: MixtureConfig, run: RunFolder, epoch: int) -> tuple[Inputs, Weights]:
+    losses = Losses.read(
+        run.losses(epoch - 1), f"train epoch {epoch - 1} first" if epoch > 1 else "begin the run first"
+    )
+    before = losses_of(config, epoch - 2) if epoch > 1 else None
+    reference = _reference(config, run)
+    if epoch == 1:
+        start_inputs, start = _initial_weights(config, run)
+        previous, origin = start.weights, start_inputs
+    else:
+        found = Weights.read(run.weights(epoch - 1), f"weigh epoch {epoch - 1} first")
+        previous, origin = found.weights, {"fingerprint": found.fingerprint()}
+    inputs: Inputs = {
+        "settings": config.weights.model_dump(mode="json"),
+        "previous": origin,
+        "losses": losses.fingerprint(),
+        "losses_before": before.fingerprint() if before else None,
+        "reference": reference.fingerprint() if reference else None,
+    }
+    return inputs, next_weights(
+        config.weights, previous, losses=losses, losses_before=before, reference=reference, inputs=inputs
+    )
+
+
+def _detection(config: MixtureConfig, run: RunFolder) -> DetectionReport | None:
+    if config.weights.algorithm not in DETECTING:
+        return None
+    return DetectionReport.read(run.detection, "run `vtmix detect` first, or write the file by hand")
+
+
+def _reference(config: MixtureConfig, run: RunFolder) -> Reference | None:
+    try:
+        return Reference.read(run.reference, "run `vtmix reference` first, or write the file by hand")
+    except MissingError:
+        if config.weights.algorithm in REFERENCING:
+            raise
+        return None
+
+
+def _commit_losses(config: MixtureConfig, epoch: int, domains: Mapping[str, DomainLoss]) -> None:
+    run = run_folder(config)
+    pools = open_pools(config)
+    inputs: Inputs = {
+        "mixture": Manifest.read(run.mixture(epoch) / "manifest.json", "").digest() if epoch else None,
+        "eval_samples": config.training.eval_samples,
+        "eval_splits": {name: pool.manifest.eval.digest for name, pool in pools.items()},
+    }
+    if Losses.committed(run.losses(epoch), inputs) is not None:
+        return
+    tokenizers = sorted({str((pool.manifest.inputs or {}).get("tokenizer")) for pool in pools.values()})
+    losses = Losses(
+        inputs=inputs,
+        epoch=epoch,
+        tokenizer=" ".join(tokenizers),
+        mixture=inputs["mixture"],
+        domains=dict(domains),
+    )
+    check_losses(losses, tuple(config.domains))
+    losses.publish(run.losses(epoch))

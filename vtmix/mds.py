@@ -1,0 +1,165 @@
+"""The MDS shard and index layout (MosaicML Streaming, format version 2), vectorised over samples.
+
+A shard is  u32 samples | u32 offset × (samples + 1) | JSON header | sample bytes …,  offsets counted from the start of
+the file. A sample is  u32 size × variable-size columns | column bytes …,  columns in alphabetical order. Since sample
+bytes do not depend on their shard, they are encoded once, and writing a shard is concatenation.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from vtmix.errors import DamageError, MissingError
+
+COLUMNS: Mapping[str, str] = {
+    "domain": "str",
+    "input_ids": "ndarray:int32",
+    "labels": "ndarray:int32",
+    "sample_id": "str",
+}
+INDEX = "index.json"
+
+IntArray = npt.NDArray[np.int32]
+
+
+class Sample(TypedDict):
+    """One encoded conversation: token ids and labels of equal length, labels -100 where no loss is taken."""
+
+    domain: str
+    input_ids: IntArray
+    labels: IntArray
+    sample_id: str
+
+
+def shard_name(number: int) -> str:
+    """The file name of a shard: MDSWriter's."""
+    return f"shard.{number:05d}.mds"
+
+
+def encode_sample(sample: Sample) -> bytes:
+    """The bytes MDSWriter stores for a sample of COLUMNS."""
+    columns = (
+        sample["domain"].encode(),
+        _encode_array(sample["input_ids"]),
+        _encode_array(sample["labels"]),
+        sample["sample_id"].encode(),
+    )
+    return np.array([len(column) for column in columns], np.uint32).tobytes() + b"".join(columns)
+
+
+def decode_sample(data: bytes | memoryview) -> Sample:
+    """The sample that encode_sample made `data` from; the arrays are copies.
+
+    Raises DamageError when the sizes do not add up.
+    """
+    sizes = np.frombuffer(data[:16], np.uint32)
+    ends = 16 + np.cumsum(sizes, dtype=np.int64)
+    if len(sizes) != 4 or ends[-1] != len(data):
+        raise DamageError(f"a sample of {len(data)} bytes declares columns of {sizes.tolist()} bytes")
+    domain, input_ids, labels, sample_id = (
+        bytes(data[end - size : end]) for size, end in zip(sizes.tolist(), ends.tolist(), strict=True)
+    )
+    return Sample(
+        domain=domain.decode(),
+        input_ids=_decode_array(input_ids),
+        labels=_decode_array(labels),
+        sample_id=sample_id.decode(),
+    )
+
+
+def _encode_array(values: IntArray) -> bytes:
+    """A one-dimensional array: a byte (dimensions << 2 | width code), the length in that width, the values."""
+    length = len(values)
+    code, width = (0, np.uint8) if length < 1 << 8 else (1, np.uint16) if length < 1 << 16 else (2, np.uint32)
+    return bytes([1 << 2 | code]) + width(length).tobytes() + values.astype(np.int32, copy=False).tobytes()
+
+
+def _decode_array(data: bytes) -> IntArray:
+    return np.frombuffer(data, np.int32, offset=1 + (1 << (data[0] & 3))).copy()
+
+
+def shard_settings(size_limit: int) -> dict[str, Any]:
+    """What a shard's header and its index entry say alike."""
+    return {
+        "column_encodings": list(COLUMNS.values()),
+        "column_names": list(COLUMNS),
+        "column_sizes": [None] * len(COLUMNS),
+        "compression": None,
+        "format": "mds",
+        "hashes": [],
+        "size_limit": size_limit,
+        "version": 2,
+    }
+
+
+def header(lengths: npt.NDArray[np.int64], size_limit: int) -> bytes:
+    """Everything that stands before the first sample, given the samples' lengths in bytes.
+
+    Raises ValueError when the shard would reach 4 GiB, which its uint32 offsets cannot address.
+    """
+    settings = json.dumps(shard_settings(size_limit), sort_keys=True).encode()
+    first = 4 + 4 * (len(lengths) + 1) + len(settings)
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]) + first
+    if offsets[-1] >= 1 << 32:
+        raise ValueError(f"a shard of {offsets[-1]:,} bytes exceeds the 4 GiB its uint32 offsets can address")
+    return np.uint32(len(lengths)).tobytes() + offsets.astype(np.uint32).tobytes() + settings
+
+
+def header_bytes(samples: int, size_limit: int) -> int:
+    """The length of `header` for so many samples."""
+    return 4 + 4 * (samples + 1) + len(json.dumps(shard_settings(size_limit), sort_keys=True))
+
+
+def index(shards: Sequence[tuple[int, int]], size_limit: int) -> bytes:
+    """The content of index.json for shards given as (samples, bytes)."""
+    entries = [
+        {
+            **shard_settings(size_limit),
+            "raw_data": {"basename": shard_name(number), "bytes": size, "hashes": {}},
+            "samples": samples,
+            "zip_data": None,
+        }
+        for number, (samples, size) in enumerate(shards)
+    ]
+    return json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode()
+
+
+class Samples(Sequence[Sample]):
+    """Random access to the samples of a folder that vtmix wrote, without caches or shared memory."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises MissingError when the folder holds no index.json."""
+        try:
+            entries = json.loads((folder / INDEX).read_bytes())["shards"]
+        except FileNotFoundError:
+            raise MissingError(f"{folder}: holds no {INDEX}, so it is not a complete MDS folder") from None
+        self._files = [folder / shard_name(number) for number in range(len(entries))]
+        self._ends = np.cumsum([entry["samples"] for entry in entries], dtype=np.int64)
+        self._maps: dict[int, npt.NDArray[np.uint8]] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, position: Any) -> Any:
+        if isinstance(position, slice):
+            return [self[number] for number in range(*position.indices(len(self)))]
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"sample {position} of {len(self)}")
+        return decode_sample(self.raw(position % len(self)))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (decode_sample(self.raw(position)) for position in range(len(self)))
+
+    def raw(self, position: int) -> bytes:
+        """The bytes of one sample."""
+        shard = int(np.searchsorted(self._ends, position, side="right"))
+        local = position - (int(self._ends[shard - 1]) if shard else 0)
+        data = self._maps.get(shard)
+        if data is None:
+            data = self._maps[shard] = np.memmap(self._files[shard], np.uint8, "r")
+        begin, end = data[4 + 4 * local : 12 + 4 * local].view(np.uint32).tolist()
+        return data[begin:end].tobytes()

@@ -1,0 +1,186 @@
+"""Writes MDS shards from pools by gathering sample bytes that are ready: the hot path.
+
+Per shard and domain one contiguous window of the pool is memory-mapped; runs of samples are put in order, hashed and
+written while they are in a core's cache. A shard depends on the plan and the pools alone, so any worker can write it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vtmix import commit, mds
+from vtmix.artifacts import Plan
+from vtmix.errors import ConflictError, VtmixError
+from vtmix.plan import arrangement, shard_bounds
+from vtmix.pool import Pool
+
+GATHER_BYTES = 1 << 20
+"""Samples are gathered, hashed and written in runs of about this size, which stay in a core's cache throughout."""
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What a complete shard holds."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    tokens: dict[str, int]
+    response_tokens: dict[str, int]
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to write: the stretch [start, stop) of the epoch."""
+
+    number: int
+    start: int
+    stop: int
+
+
+class _Window:
+    """One domain's contiguous samples of a shard, in a few memory-mapped arrays."""
+
+    def __init__(self, tables: Sequence[pa.Table], first: int) -> None:
+        self.first = first
+        self.arrays = [chunk for table in tables for chunk in table["mds"].chunks]
+        self.ends = np.cumsum([len(array) for array in self.arrays], dtype=np.int64)
+        self.tokens = sum(pc.sum(table["tokens"]).as_py() or 0 for table in tables)
+        self.response_tokens = sum(pc.sum(table["response_tokens"]).as_py() or 0 for table in tables)
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Bytes of every sample."""
+        found = [pc.binary_length(array).to_numpy() for array in self.arrays]
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    def slice(self, start: int, stop: int) -> Iterator[Any]:
+        """The arrays that hold samples [start, stop)."""
+        begin = 0
+        for array, end in zip(self.arrays, self.ends.tolist(), strict=True):
+            if start < end and stop > begin:
+                low = max(start, begin)
+                yield array.slice(low - begin, min(stop, end) - low)
+            begin = end
+
+
+class ShardWriter:
+    """Writes the shards of one epoch, each on its own and in any order."""
+
+    def __init__(self, plan: Plan, pools: Mapping[str, Pool], shard_bytes: int) -> None:
+        """Raises ConflictError when a pool is not the one the plan was made from."""
+        changed = [name for name in plan.domains if pools[name].manifest.fingerprint() != plan.domains[name].pool]
+        if changed:
+            raise ConflictError(
+                f"the pools of {', '.join(changed)} are not those that epoch {plan.epoch} was planned on"
+            )
+        self.plan = plan
+        self._pools = [pools[name] for name in plan.domains]
+        self._positions = [domain.position for domain in plan.domains.values()]
+        self._arrangement = arrangement(plan)
+        self._shard_bytes = shard_bytes
+
+    def tasks(self) -> list[ShardTask]:
+        """One task per shard, in order."""
+        return [ShardTask(number, start, stop) for number, (start, stop) in enumerate(shard_bounds(self.plan))]
+
+    def write(self, task: ShardTask, folder: Path) -> ShardReport:
+        """Writes one shard into a folder, completely or not at all; a shard complete before is not written again."""
+        name = mds.shard_name(task.number)
+        record = folder / f"{name}.done"
+        with contextlib.suppress(FileNotFoundError):
+            return ShardReport(**json.loads(record.read_bytes()))
+        digest, size = hashlib.sha256(), 0
+        temporary = folder / f"{name}.tmp"
+        windows = self._windows(task)
+        try:
+            with temporary.open("wb") as file:
+                for data in self.content(task, windows):
+                    digest.update(data)
+                    size += file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise VtmixError(
+                f"{folder / name}: cannot write (about {self._shard_bytes:,} bytes needed): {error.strerror}: "
+                "the epoch was not published; free space and compile again"
+            ) from error
+        temporary.rename(folder / name)
+        report = ShardReport(
+            name=name,
+            samples=task.stop - task.start,
+            bytes=size,
+            sha256=digest.hexdigest(),
+            tokens={domain: window.tokens for domain, window in zip(self.plan.domains, windows, strict=True)},
+            response_tokens={
+                domain: window.response_tokens for domain, window in zip(self.plan.domains, windows, strict=True)
+            },
+        )
+        commit.write_staged(record, json.dumps(asdict(report)).encode())
+        return report
+
+    def content(self, task: ShardTask, windows: Sequence[_Window] | None = None) -> Iterator[Any]:
+        """The bytes of a shard, in runs of about GATHER_BYTES."""
+        windows = windows or self._windows(task)
+        domains, ranks = self._arrangement.stretch(task.start, task.stop)
+        lengths = np.empty(len(domains), np.int64)
+        for number, window in enumerate(windows):
+            # Within a shard a domain's samples keep their order, so its lengths fall into place as they stand.
+            lengths[domains == number] = window.lengths()
+        yield mds.header(lengths, self._shard_bytes)
+        step = max(1, GATHER_BYTES * len(lengths) // max(int(lengths.sum()), 1))
+        for start in range(0, len(domains), step):
+            yield _gather(windows, domains[start : start + step], ranks[start : start + step])
+
+    def sample_ids(self, task: ShardTask) -> list[str]:
+        """The ids of a shard's samples, in order."""
+        domains, _ = self._arrangement.stretch(task.start, task.stop)
+        identities = np.empty(len(domains), object)
+        for number, (pool, first, count) in enumerate(self._reads(task)):
+            tables = pool.window(first, count) if count else []
+            found = [identity for table in tables for identity in table["sample_id"].to_pylist()]
+            identities[domains == number] = found
+        return list(identities)
+
+    def _reads(self, task: ShardTask) -> Iterator[tuple[Pool, int, int]]:
+        """Per domain: its pool, the position of the shard's first sample of it, and how many there are."""
+        before, after = self._arrangement.before(task.start), self._arrangement.before(task.stop)
+        for number, pool in enumerate(self._pools):
+            first = int(before[number])
+            yield pool, self._positions[number] + first, int(after[number]) - first
+
+    def _windows(self, task: ShardTask) -> list[_Window]:
+        # Opened per shard and dropped with it, so that memory mapped for one shard is given back before the next.
+        before = self._arrangement.before(task.start).tolist()
+        return [
+            _Window(pool.window(position, count) if count else [], first)
+            for (pool, position, count), first in zip(self._reads(task), before, strict=True)
+        ]
+
+
+def _gather(windows: Sequence[_Window], domains: npt.NDArray[np.int32], ranks: npt.NDArray[np.int64]) -> Any:
+    """The bytes of the samples at some positions, in order: one contiguous read per domain, then one permutation."""
+    counts = np.bincount(domains, minlength=len(windows))
+    arrays: list[Any] = []
+    shift = np.zeros(len(windows), np.int64)
+    total = 0
+    for number in np.flatnonzero(counts).tolist():
+        first = int(ranks[np.argmax(domains == number)])
+        low = first - windows[number].first
+        arrays += windows[number].slice(low, low + int(counts[number]))
+        shift[number] = total - first
+        total += int(counts[number])
+    taken = pa.concat_arrays(arrays).take(pa.array(ranks + shift[domains]))
+    offsets, data = taken.buffers()[1:]
+    return memoryview(data)[: int(np.frombuffer(offsets, np.int64)[len(taken)])]
