@@ -19,9 +19,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 WORDS = {
-    "law": "court statute plaintiff appeal contract liability judge clause tort evidence verdict counsel".split(),
-    "medicine": "patient dose symptom therapy clinical artery infection diagnosis tissue vaccine nurse chronic".split(),
-    "code": "def return class import lambda yield list dict tuple assert raise async".split(),
+    "law": ["court", "statute", "plaintiff", "appeal", "contract", "liability", "judge", "clause", "tort", "evidence", "verdict", "counsel"],
+    "medicine": ["patient", "dose", "symptom", "therapy", "clinical", "artery", "infection", "diagnosis", "tissue", "vaccine", "nurse", "chronic"],
+    "code": ["def", "return", "class", "import", "lambda", "yield", "list", "dict", "tuple", "assert", "raise", "async"],
 }
 
 

@@ -36,7 +36,9 @@ TOKENIZER_FILE = "tokenizers/l2_supercat_tokenizer_config.json"
 class Classifier(Protocol):
     """n texts → (n, k + 1): probabilities over the domains, then the unclassified mass; rows sum to 1."""
 
-    def __call__(self, texts: Sequence[str]) -> Matrix: ...
+    def __call__(self, texts: Sequence[str]) -> Matrix:
+        """Probabilities of n texts."""
+        ...
 
 
 class FittedProbe(Artefact):
@@ -73,7 +75,7 @@ class StaticEmbedding:
     def __init__(self) -> None:
         """Raises ConfigError when wordllama is not installed."""
         from safetensors.numpy import load_file
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
         folder = _wheel_folder("wordllama")
         self._table = load_file(folder / WEIGHTS_FILE)["embedding.weight"].astype(np.float32)
@@ -90,7 +92,7 @@ class StaticEmbedding:
     def _embed(self, ids: list[int]) -> Matrix:
         if not ids:
             return np.zeros(self._table.shape[1])
-        mean = self._table[ids].mean(axis=0, dtype=np.float64)
+        mean: Matrix = self._table[ids].mean(axis=0, dtype=np.float64)
         length = float(np.linalg.norm(mean))
         return mean / length if length else mean
 
@@ -171,8 +173,9 @@ def _regress(vectors: Sequence[Matrix]) -> tuple[Matrix, Matrix]:
 
 
 def _softmax(logits: Matrix) -> Matrix:
-    shifted: Matrix = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return shifted / shifted.sum(axis=1, keepdims=True)
+    shares: Matrix = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    return shares
 
 
 def _f1(guessed: npt.NDArray[np.bool_], true: npt.NDArray[np.bool_]) -> float:

@@ -50,7 +50,7 @@ def connect(cpus: float = 0) -> Iterator[None]:
 
 
 def require_durable(run: RunFolder) -> None:
-    """Raises ConfigError when a run's folders stand in a job's uploaded working directory, which is lost with the job."""
+    """Raises ConfigError when a run stands in a job's uploaded working directory, which is lost after the job."""
     for path in (run.path, run.pools):
         copy = _uploaded_copy(path)
         if copy is not None:
@@ -115,8 +115,15 @@ def _joined(address: str) -> Iterator[None]:
 def _started(cpus: float) -> Iterator[None]:
     import ray
 
-    with _private_folder() as (folder, token), _environment(
-        RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_AUTH_TOKEN=None, RAY_USAGE_STATS_ENABLED="0"
+    with (
+        _private_folder() as (folder, token),
+        _environment(
+            RAY_AUTH_MODE="token",
+            RAY_AUTH_TOKEN_PATH=str(token),
+            RAY_AUTH_TOKEN=None,
+            RAY_USAGE_STATS_ENABLED="0",
+            RAY_BACKEND_LOG_LEVEL="fatal",
+        ),
     ):
         # Ray reads its environment when it is imported, which may have been before it was set.
         ray._raylet.Config.initialize("")

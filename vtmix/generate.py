@@ -97,13 +97,14 @@ def start_of(tokenizer: "PreTrainedTokenizerFast", wanted: str | None) -> tuple[
     """
     token = wanted if wanted is not None else tokenizer.bos_token or tokenizer.eos_token
     vocabulary = tokenizer.get_vocab()
-    if token is None or token not in vocabulary:
-        known = ", ".join(repr(name) for name in sorted(tokenizer.all_special_tokens + list(tokenizer.added_tokens_encoder)))
-        found = "the tokenizer has neither bos_token nor eos_token" if token is None else (
-            f"start token {token!r} is not one token of the model's vocabulary"
-        )
-        raise ConfigError(f"{found}: set detection.start_token to the token its documents begin with, one of {known}")
-    return token, vocabulary[token]
+    if token is None:
+        found = "the tokenizer has neither bos_token nor eos_token"
+    elif token not in vocabulary:
+        found = f"start token {token!r} is not one token of the model's vocabulary"
+    else:
+        return token, vocabulary[token]
+    known = ", ".join(map(repr, sorted({*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder})))
+    raise ConfigError(f"{found}: set detection.start_token to the token its documents begin with, one of {known}")
 
 
 def _stop_and_context(location: str, revision: str | None) -> tuple[set[int], int | None]:
@@ -145,7 +146,7 @@ class TransformersGenerator:
             do_sample=False,
             max_new_tokens=sampling.max_tokens,
             eos_token_id=list(sampling.stop_ids),
-            pad_token_id=sampling.start_id,
+            pad_token_id=int(sampling.start_id == 0),  # any but the start token, which would look like padding
         )
 
     def __call__(self, seeds: Sequence[int]) -> list[Sample]:

@@ -6,6 +6,7 @@ written while they are in a core's cache. A shard depends on the plan and the po
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from vtmix import commit, mds
 from vtmix.artifacts import Plan
@@ -50,28 +50,37 @@ class ShardTask:
 
 
 class _Window:
-    """One domain's contiguous samples of a shard, in a few memory-mapped arrays."""
+    """One domain's contiguous samples of a shard, in a few memory-mapped arrays.
 
-    def __init__(self, tables: Sequence[pa.Table], first: int) -> None:
-        self.first = first
-        self.arrays = [chunk for table in tables for chunk in table["mds"].chunks]
-        self.ends = np.cumsum([len(array) for array in self.arrays], dtype=np.int64)
-        self.tokens = sum(pc.sum(table["tokens"]).as_py() or 0 for table in tables)
-        self.response_tokens = sum(pc.sum(table["response_tokens"]).as_py() or 0 for table in tables)
+    Buffers are read as they lie: Arrow's own conversions import pyarrow.compute or pandas, which takes longer than
+    writing several shards.
+    """
 
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Bytes of every sample."""
-        found = [pc.binary_length(array).to_numpy() for array in self.arrays]
-        return np.concatenate(found) if found else np.empty(0, np.int64)
+    def __init__(self, tables: Sequence[pa.Table]) -> None:
+        self._arrays = [chunk for table in tables for chunk in table["mds"].chunks]
+        self._offsets = [
+            np.frombuffer(array.buffers()[1], np.int64, len(array) + 1, 8 * array.offset) for array in self._arrays
+        ]
+        self.lengths = np.concatenate([np.empty(0, np.int64), *map(np.diff, self._offsets)])
+        self.tokens = _total(tables, "tokens")
+        self.response_tokens = _total(tables, "response_tokens")
 
-    def slice(self, start: int, stop: int) -> Iterator[Any]:
-        """The arrays that hold samples [start, stop)."""
-        begin = 0
-        for array, end in zip(self.arrays, self.ends.tolist(), strict=True):
-            if start < end and stop > begin:
-                low = max(start, begin)
-                yield array.slice(low - begin, min(stop, end) - low)
-            begin = end
+    def samples(self) -> Iterator[memoryview]:
+        """The bytes of every sample, not copied; iterated in C."""
+        return itertools.chain.from_iterable(map(_slices, self._arrays, self._offsets))
+
+
+def _slices(array: Any, offsets: npt.NDArray[np.int64]) -> Iterator[memoryview]:
+    data, edges = memoryview(array.buffers()[2]), offsets.tolist()
+    return map(data.__getitem__, map(slice, edges, edges[1:]))
+
+
+def _total(tables: Sequence[pa.Table], column: str) -> int:
+    chunks = (chunk for table in tables for chunk in table[column].chunks)
+    return sum(
+        int(np.frombuffer(chunk.buffers()[1], np.int32, len(chunk), 4 * chunk.offset).sum(dtype=np.int64))
+        for chunk in chunks
+    )
 
 
 class ShardWriter:
@@ -133,23 +142,25 @@ class ShardWriter:
     def content(self, task: ShardTask, windows: Sequence[_Window] | None = None) -> Iterator[Any]:
         """The bytes of a shard, in runs of about GATHER_BYTES."""
         windows = windows or self._windows(task)
-        domains, ranks = self._arrangement.stretch(task.start, task.stop)
+        domains, _ = self._arrangement.stretch(task.start, task.stop)
         lengths = np.empty(len(domains), np.int64)
         for number, window in enumerate(windows):
             # Within a shard a domain's samples keep their order, so its lengths fall into place as they stand.
-            lengths[domains == number] = window.lengths()
+            lengths[domains == number] = window.lengths
         yield mds.header(lengths, self._shard_bytes)
+        queues = [window.samples() for window in windows]
         step = max(1, GATHER_BYTES * len(lengths) // max(int(lengths.sum()), 1))
         for start in range(0, len(domains), step):
-            yield _gather(windows, domains[start : start + step], ranks[start : start + step])
+            # Each domain's next sample, domain after domain: iterated, sliced and joined in C, one copy in all.
+            chosen = map(queues.__getitem__, domains[start : start + step].tolist())
+            yield b"".join(map(next, chosen))
 
     def sample_ids(self, task: ShardTask) -> list[str]:
         """The ids of a shard's samples, in order."""
         domains, _ = self._arrangement.stretch(task.start, task.stop)
         identities = np.empty(len(domains), object)
         for number, (pool, first, count) in enumerate(self._reads(task)):
-            tables = pool.window(first, count) if count else []
-            found = [identity for table in tables for identity in table["sample_id"].to_pylist()]
+            found = [identity for table in pool.window(first, count) for identity in table["sample_id"].to_pylist()]
             identities[domains == number] = found
         return list(identities)
 
@@ -162,25 +173,4 @@ class ShardWriter:
 
     def _windows(self, task: ShardTask) -> list[_Window]:
         # Opened per shard and dropped with it, so that memory mapped for one shard is given back before the next.
-        before = self._arrangement.before(task.start).tolist()
-        return [
-            _Window(pool.window(position, count) if count else [], first)
-            for (pool, position, count), first in zip(self._reads(task), before, strict=True)
-        ]
-
-
-def _gather(windows: Sequence[_Window], domains: npt.NDArray[np.int32], ranks: npt.NDArray[np.int64]) -> Any:
-    """The bytes of the samples at some positions, in order: one contiguous read per domain, then one permutation."""
-    counts = np.bincount(domains, minlength=len(windows))
-    arrays: list[Any] = []
-    shift = np.zeros(len(windows), np.int64)
-    total = 0
-    for number in np.flatnonzero(counts).tolist():
-        first = int(ranks[np.argmax(domains == number)])
-        low = first - windows[number].first
-        arrays += windows[number].slice(low, low + int(counts[number]))
-        shift[number] = total - first
-        total += int(counts[number])
-    taken = pa.concat_arrays(arrays).take(pa.array(ranks + shift[domains]))
-    offsets, data = taken.buffers()[1:]
-    return memoryview(data)[: int(np.frombuffer(offsets, np.int64)[len(taken)])]
+        return [_Window(pool.window(position, count)) for pool, position, count in self._reads(task)]

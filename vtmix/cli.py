@@ -1,0 +1,273 @@
+"""`vtmix …`: one command per stage. Each says what it read and what it committed; run again, it changes nothing."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vtmix.errors import ConfigError, MissingError, VtmixError
+
+if TYPE_CHECKING:
+    from vtmix.artifacts import PoolManifest, RunFolder
+    from vtmix.config import MixtureConfig
+
+app = typer.Typer(
+    name="vtmix",
+    help="Domain mixtures for fine-tuning that follow what the model knows (VersaTune, arXiv 2411.11266).\n\n"
+    "Every command reads ./mixture.yaml, or the file given with --config. Begin with `vtmix init`, then `vtmix run`; "
+    "or run the stages one by one, in the order they are listed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[str | None, typer.Option("--config", help="The configuration. Default: ./mixture.yaml")]
+Run = Annotated[str | None, typer.Option("--run", help="The run folder, instead of the configuration's.")]
+Epoch = Annotated[int, typer.Option("--epoch", min=1, help="The epoch, from 1.")]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Workers. Default: one per core.")]
+
+
+def say(text: str) -> None:
+    """Prints a line of results."""
+    typer.echo(text)
+
+
+def load(config: str | None, run: str | None) -> tuple["MixtureConfig", "RunFolder"]:
+    """The configuration and its run folder."""
+    from vtmix.artifacts import run_folder
+    from vtmix.config import load as load_config
+
+    settings = load_config(config, run)
+    return settings, run_folder(settings)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("mixture.yaml"),
+) -> None:
+    """Write a commented mixture.yaml to start from."""
+    from importlib.resources import files
+
+    if path.exists():
+        raise ConfigError(f"{path}: exists: give another name, or move it away")
+    path.write_text((files("vtmix") / "template.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    say(f"wrote {path}: name your model and your data in it, then `vtmix run`")
+
+
+@app.command()
+def pool(config: Config = None, run: Run = None, workers: Workers = None) -> None:
+    """Encode every domain's records into its pool, once."""
+    settings, folder = load(config, run)
+    for name, manifest in _pool(settings, workers).items():
+        say(f"{name}: {_pool_line(manifest)}")
+    say(f"pools: {folder.pools}")
+
+
+def _pool(settings: "MixtureConfig", workers: int | None = None) -> dict[str, "PoolManifest"]:
+    from vtmix.pool import build
+
+    return build(settings, workers=workers)
+
+
+def _pool_line(manifest: "PoolManifest") -> str:
+    dropped = {
+        "duplicates dropped": manifest.duplicates,
+        "rejected": manifest.rejected,
+        "cut at max_length": manifest.truncated,
+        "dropped as overlong": manifest.overlong_dropped,
+        "leaks dropped": manifest.leaks_dropped,
+    }
+    notes = "".join(f", {count:,} {what}" for what, count in dropped.items() if count)
+    return (
+        f"{manifest.records:,} records → {manifest.samples:,} samples, {manifest.tokens:,} tokens, "
+        f"{manifest.eval.samples:,} held out{notes}"
+    )
+
+
+@app.command()
+def detect(config: Config = None, run: Run = None) -> None:
+    """Sample the model and classify what it says: the knowledge distribution."""
+    settings, folder = load(config, run)
+    _detect(settings)
+    say(f"detection: {folder.detection}")
+
+
+def _detect(settings: "MixtureConfig") -> None:
+    from vtmix.detect import detect as run_detection
+
+    report = run_detection(settings)
+    for name, share in report.distribution.items():
+        found = report.shares.get(name)
+        margin = f" ± {1.96 * found.standard_error:.4f}" if found else ""
+        say(f"{name}: {share:.4f}{margin}")
+    accuracy = f", classifier accuracy {report.classifier.accuracy:.3f} on held-out text" if report.classifier else ""
+    say(f"from {report.samples:,} samples, {report.unclassified:.1%} unclassified{accuracy}")
+
+
+@app.command()
+def reference(config: Config = None, run: Run = None) -> None:
+    """Fine-tune a reference model per domain: its lowest held-out loss is the mastery ceiling."""
+    settings, folder = load(config, run)
+    _reference(settings)
+    say(f"reference losses: {folder.reference}")
+
+
+def _reference(settings: "MixtureConfig") -> None:
+    from vtmix.reference import build
+
+    for name, loss in build(settings).domains.items():
+        say(f"{name}: {loss.per_token:.4f} nats per token, lowest after epoch {loss.epoch}")
+
+
+@app.command()
+def weights(epoch: Epoch, config: Config = None, run: Run = None) -> None:
+    """Commit an epoch's weights from the detection (epoch 1) or from the losses of the epoch before."""
+    from vtmix.loop import weigh
+
+    settings, folder = load(config, run)
+    found, fresh = weigh(settings, epoch)
+    for name, weight in found.weights.items():
+        before = found.terms[name].previous if name in found.terms else None
+        say(f"{name}: {weight:.4f}" + (f" (was {before:.4f})" if before is not None else ""))
+    for warning in found.warnings:
+        say(f"note: {warning}")
+    say(f"{_state(fresh)}: {folder.weights(epoch)}")
+
+
+@app.command()
+def plan(epoch: Epoch, config: Config = None, run: Run = None) -> None:
+    """Commit an epoch's counts and positions per domain."""
+    from vtmix.compile import describe, open_pools, planned
+
+    settings, folder = load(config, run)
+    found = planned(settings, epoch, open_pools(settings))
+    say(describe(found, settings))
+    say(f"{_state(found.publish(folder.plan(epoch)))}: {folder.plan(epoch)}")
+
+
+@app.command("compile")
+def compile_(
+    epoch: Epoch,
+    config: Config = None,
+    run: Run = None,
+    workers: Workers = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print counts and fingerprint, write nothing.")] = False,
+) -> None:
+    """Write an epoch's mixture as MDS shards (also `python -m vtmix.compile`)."""
+    from vtmix.compile import compile_epoch, describe, open_pools, planned, summarise
+
+    settings, folder = load(config, run)
+    if dry_run:
+        say(describe(planned(settings, epoch, open_pools(settings)), settings))
+        return
+    manifest, fresh = compile_epoch(settings, epoch, workers)
+    say(summarise(manifest, folder.mixture(epoch), fresh=fresh))
+
+
+@app.command()
+def verify(epoch: Epoch, config: Config = None, run: Run = None) -> None:
+    """Hold every byte of a mixture against its manifest; names damaged files and samples."""
+    from vtmix.artifacts import Plan
+    from vtmix.compile import open_pools
+    from vtmix.errors import DamageError
+    from vtmix.verify import verify as find_damage
+
+    settings, folder = load(config, run)
+    try:
+        known = Plan.read(folder.plan(epoch), ""), open_pools(settings)
+    except (MissingError, DamageError):
+        known = None, None
+    found = find_damage(folder.mixture(epoch), *known)
+    for line in found:
+        say(line)
+    if found:
+        raise DamageError(f"{folder.mixture(epoch)} is damaged: move it away and compile the epoch again")
+    say(f"intact: {folder.mixture(epoch)}")
+
+
+@app.command()
+def run(config: Config = None, run: Run = None) -> None:
+    """Run every stage: pools, detection, reference losses, then training with a new mixture each epoch."""
+    from vtmix.config import DETECTING, REFERENCING
+
+    settings, folder = load(config, run)
+    with _stage("pools"):
+        for name, manifest in _pool(settings).items():
+            say(f"{name}: {_pool_line(manifest)}")
+    if settings.weights.algorithm in DETECTING:
+        with _stage("detection"):
+            _detect(settings)
+    if settings.weights.algorithm in REFERENCING:
+        with _stage("reference losses"):
+            _reference(settings)
+    with _stage("training"):
+        _train(settings, config, folder)
+    _status(settings, folder)
+
+
+@contextmanager
+def _stage(title: str) -> Iterator[None]:
+    say(f"── {title}")
+    start = time.monotonic()
+    yield
+    say(f"   {time.monotonic() - start:.1f} s")
+
+
+def _train(settings: "MixtureConfig", config: str | None, folder: "RunFolder") -> None:
+    """Runs the trainer in a process of its own, or several where the configuration says so."""
+    from vtmix.config import DEFAULT_PATH
+
+    script = Path(__file__).resolve().parent.parent / "trainers" / "composer_sft.py"
+    if not script.is_file():
+        raise MissingError(f"the trainer is not at {script}: run vtmix from its checkout, or start your own trainer")
+    ranks = settings.training.processes
+    launcher = [sys.executable] if ranks == 1 else [str(Path(sys.executable).with_name("composer")), "-n", str(ranks)]
+    done = subprocess.run([*launcher, str(script), config or str(DEFAULT_PATH), "--run", str(folder.path)], check=False)
+    if done.returncode:
+        raise typer.Exit(done.returncode)
+
+
+@app.command()
+def status(config: Config = None, run: Run = None) -> None:
+    """Print per epoch and domain: weight, count, passes, eval loss, learnable potential, forgetting degree."""
+    settings, folder = load(config, run)
+    _status(settings, folder)
+
+
+def _status(settings: "MixtureConfig", folder: "RunFolder") -> None:
+    from rich.console import Console
+
+    from vtmix.status import rows, table
+
+    found = list(rows(folder, list(settings.domains), settings.epochs))
+    if not found:
+        say(f"{folder.path}: nothing trained yet")
+        return
+    Console().print(table(found))
+    say(f"everything this run made: {folder.path}")
+
+
+def _state(fresh: bool) -> str:
+    return "committed" if fresh else "up to date"
+
+
+def main() -> None:
+    """The command line: one-line errors, exit code 1 for refusals, 2 for configuration and usage."""
+    try:
+        app()
+    except VtmixError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: what is committed stays; run again to go on", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""The mastery ceiling: a reference model fine-tuned on each domain alone; its lowest held-out loss counts.
+
+Every domain starts from a fresh copy of the reference model and sees its own pool in pool order, epoch after epoch,
+wrapping around. The held-out samples are those the trainer evaluates on, so both losses are of the same text. Domains
+are committed one by one (reference/domains/<domain>.json); a rerun trains the missing ones.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from vtmix import batches, cluster, commit, pool, progress
+from vtmix.artifacts import DomainLoss, Inputs, PoolManifest, Reference, ReferenceLoss, RunFolder, run_folder
+from vtmix.config import LanguageModel, MixtureConfig
+from vtmix.config import Reference as Settings
+from vtmix.encode import load_tokenizer, tokenizer_digest
+from vtmix.errors import ConfigError, LossError, MixtureError
+
+if TYPE_CHECKING:
+    import torch
+
+Backend = Literal["local", "ray"]
+Advance = Callable[[int], None]
+
+# Rows that go through the model together: few, so that rows alike in length share little padding and memory is bounded.
+MICROBATCH = 4
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that fine-tuning on one domain takes: small, so that it travels to a worker."""
+
+    domain: str
+    folder: Path
+    model: str
+    revision: str | None
+    settings: Settings
+    samples: int
+    eval_samples: int
+    eval_batch_size: int
+    seed: int
+
+    @property
+    def work(self) -> int:
+        """Samples that go through the model, held-out ones included."""
+        return self.settings.epochs * self.samples + (self.settings.epochs + 1) * self.eval_samples
+
+
+def build(config: MixtureConfig, *, backend: Backend = "local") -> Reference:
+    """The reference loss of every domain, committed as reference/reference.json.
+
+    Raises MissingError without pools, ConflictError when losses of other inputs stand in the run folder, LossError
+    when a loss is not finite; domains committed before are kept.
+    """
+    run = run_folder(config)
+    cluster.require_durable(run)
+    committed = _committed(config, run)
+    if committed is not None:
+        return committed
+    with commit.lock(run.reference.parent, "reference"):
+        pools, tokenizer = _pools(config, run)
+        manifests = {name: PoolManifest.read(pools / name / "pool.json", "run `vtmix pool` first") for name in config.domains}
+        losses = _measure(config, run, pools, manifests, tokenizer, backend)
+        reference = Reference(inputs=_inputs(config, manifests, tokenizer), tokenizer=tokenizer, domains=losses)
+        reference.publish(run.reference)
+    return reference
+
+
+def train_domain(job: Job, advance: Advance = lambda _: None) -> ReferenceLoss:
+    """Fine-tunes a fresh copy of the reference model on one domain and returns its lowest held-out loss.
+
+    `advance` is told of samples as they are done. Raises LossError, naming domain and epoch, when a held-out loss is not
+    finite or there is nothing to take it over.
+    """
+    import torch
+
+    torch.manual_seed(job.seed)
+    trainee = Trainee(job, advance)
+    losses = [trainee.evaluate(0)]
+    for epoch in range(1, job.settings.epochs + 1):
+        trainee.train(epoch)
+        losses.append(trainee.evaluate(epoch))
+    best = min(range(len(losses)), key=lambda epoch: losses[epoch].per_token)
+    curve = tuple(loss.per_token for loss in losses)
+    return ReferenceLoss(**losses[best].model_dump(), epoch=best, curve=curve)
+
+
+class Trainee:
+    """One domain's reference model on its way."""
+
+    def __init__(self, job: Job, advance: Advance) -> None:
+        import torch
+
+        self._job = job
+        self._advance = advance
+        self._device = _device(job.settings.device)
+        self._tokenizer = load_tokenizer(job.model, job.revision)
+        self._pad = self._tokenizer.pad_token_id or 0
+        self._model: Any = batches.load_model(job.model, job.revision).to(self._device)
+        self._optimizer = torch.optim.AdamW(
+            self._model.parameters(), lr=job.settings.lr, weight_decay=0.0, fused=self._device.type in ("cpu", "cuda")
+        )
+        self._pool = pool.open_pool(job.folder)
+
+    def train(self, epoch: int) -> None:
+        """Takes one epoch's steps: the samples after those of the epoch before."""
+        self._model.train()
+        count = self._job.samples
+        samples = self._pool.samples((epoch - 1) * count, count)
+        while rows := list(islice(samples, self._job.settings.batch_size)):
+            self._step(batches.collate(rows, self._pad))
+            self._advance(len(rows))
+
+    def evaluate(self, epoch: int) -> DomainLoss:
+        """The held-out loss now."""
+        import torch
+
+        self._model.eval()
+        held_out = batches.held_out(self._job.folder / "eval", self._job.eval_samples)
+        sums = batches.LossSums()
+        with torch.no_grad():
+            for rows in _chunks(held_out, self._job.eval_batch_size):
+                batch = batches.collate(rows, self._pad)
+                sums += batches.LossSums.of(batch, self._nats(batch).cpu(), self._tokenizer)
+                self._advance(len(rows))
+        return self._checked(sums.loss(), epoch)
+
+    def _step(self, batch: batches.Batch) -> None:
+        tokens = batches.response_tokens(batch)
+        for microbatch in batches.split(batch, MICROBATCH):
+            (self._nats(microbatch).sum() / tokens).backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _nats(self, batch: batches.Batch) -> "torch.Tensor":
+        import torch
+
+        moved = {name: value.to(self._device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        precision = self._job.settings.precision
+        half = precision == "bf16" or (precision == "auto" and self._device.type == "cuda")
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
+            return batches.response_nats(self._model, moved)
+
+    def _checked(self, loss: DomainLoss, epoch: int) -> DomainLoss:
+        where = f"of the reference model of '{self._job.domain}' after epoch {epoch}"
+        if not loss.tokens:
+            raise LossError(
+                f"the held-out loss {where} was taken over no response token: "
+                "give the domain `eval` sources, or raise pool.eval_fraction"
+            )
+        if not math.isfinite(loss.nats):
+            raise LossError(f"the held-out loss {where} is {loss.nats}: lower reference.lr")
+        return loss
+
+
+def _device(wanted: str) -> "torch.device":
+    import torch
+
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"reference.device is {wanted!r} but torch sees no GPU: use 'auto' or 'cpu'")
+    return torch.device(wanted)
+
+
+def _chunks(items: Any, size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield [items[number] for number in range(start, min(start + size, len(items)))]
+
+
+def _measure(
+    config: MixtureConfig,
+    run: RunFolder,
+    pools: Path,
+    manifests: dict[str, PoolManifest],
+    tokenizer: str,
+    backend: Backend,
+) -> dict[str, ReferenceLoss]:
+    """The committed loss of every domain; those that are missing are measured."""
+    losses: dict[str, ReferenceLoss] = {}
+    inputs = {name: _inputs(config, {name: manifest}, tokenizer) for name, manifest in manifests.items()}
+    for name in manifests:
+        found = Reference.committed(_domain_file(run, name), inputs[name])
+        if found is not None:
+            losses[name] = found.domains[name]
+    jobs = [_job(config, pools, name, manifests[name]) for name in manifests if name not in losses]
+    for job, loss in _trained(jobs, backend):
+        Reference(inputs=inputs[job.domain], tokenizer=tokenizer, domains={job.domain: loss}).publish(
+            _domain_file(run, job.domain)
+        )
+        losses[job.domain] = loss
+    return {name: losses[name] for name in config.domains}
+
+
+def _domain_file(run: RunFolder, domain: str) -> Path:
+    return run.reference.parent / "domains" / f"{domain}.json"
+
+
+def _job(config: MixtureConfig, pools: Path, domain: str, manifest: PoolManifest) -> Job:
+    if not manifest.samples:
+        raise MixtureError(f"domain '{domain}' has an empty pool, so no reference model can be trained: add samples")
+    model = config.reference.model or config.model
+    return Job(
+        domain=domain,
+        folder=pools / domain,
+        model=config.model_location(model),
+        revision=model.revision,
+        settings=config.reference,
+        samples=config.reference.samples or manifest.samples,
+        eval_samples=min(config.training.eval_samples or manifest.eval.samples, manifest.eval.samples),
+        eval_batch_size=config.training.eval_batch_size,
+        seed=config.seed % 2**63,
+    )
+
+
+def _trained(jobs: Sequence[Job], backend: Backend) -> Iterator[tuple[Job, ReferenceLoss]]:
+    """Yields every job with its loss, as they are done."""
+    with progress.bar("reference", sum(job.work for job in jobs), "samples") as advance:
+        if backend == "local" or not jobs:
+            for job in jobs:
+                yield job, train_domain(job, advance)
+        else:
+            for job, loss in _on_ray(jobs):
+                advance(job.work)
+                yield job, loss
+
+
+def _on_ray(jobs: Sequence[Job]) -> Iterator[tuple[Job, ReferenceLoss]]:
+    """Runs each domain as a Ray task with the resources of reference.resources."""
+    import ray
+
+    settings = jobs[0].settings
+    with cluster.connect(settings.resources.cpus):
+        gpus = _gpus(settings, ray.cluster_resources().get("GPU", 0))
+        cluster.require_resources(settings.resources.cpus, gpus)
+        task: Any = ray.remote(num_cpus=settings.resources.cpus, num_gpus=gpus)(train_domain)
+        pending = {task.remote(job): job for job in jobs}
+        while pending:
+            done, _ = ray.wait(list(pending))
+            yield pending.pop(done[0]), _result(done[0])
+
+
+def _gpus(settings: Settings, there: float) -> float:
+    """GPUs per task: as set, else one where the cluster has one and the device allows."""
+    if settings.resources.gpus or settings.device == "cpu":
+        return settings.resources.gpus
+    return 1 if there or settings.device.startswith("cuda") else 0
+
+
+def _result(task: Any) -> ReferenceLoss:
+    import ray
+
+    try:
+        loss: ReferenceLoss = ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    return loss
+
+
+def _pools(config: MixtureConfig, run: RunFolder) -> tuple[Path, str]:
+    """The folder of pools encoded with the reference model's tokenizer, and that tokenizer's digest.
+
+    They are the run's own pools unless the reference model has another tokenizer: then they are built beside it.
+    """
+    own = _tokenizer_of(config, run.pools)
+    model = config.reference.model
+    if model is None:
+        return run.pools, own
+    digest = _digest(config, model)
+    if digest == own:
+        return run.pools, own
+    folder = run.reference.parent / "pool"
+    pool.build(config, folder=folder, model=model)
+    return folder, digest
+
+
+def _digest(config: MixtureConfig, model: LanguageModel) -> str:
+    return tokenizer_digest(load_tokenizer(config.model_location(model), model.revision))
+
+
+def _tokenizer_of(config: MixtureConfig, pools: Path) -> str:
+    """The digest of the tokenizer that pools were encoded with."""
+    manifests = (PoolManifest.read(pools / name / "pool.json", "run `vtmix pool` first") for name in config.domains)
+    return " ".join(sorted({str((manifest.inputs or {}).get("tokenizer")) for manifest in manifests}))
+
+
+def _committed(config: MixtureConfig, run: RunFolder) -> Reference | None:
+    """The committed reference losses, if there are any; loads no tokenizer, whose digest enters by way of the pools."""
+    if not run.reference.exists():
+        return None
+    found = Reference.read(run.reference, "")
+    pools = run.pools if found.tokenizer == _tokenizer_of(config, run.pools) else run.reference.parent / "pool"
+    manifests = {name: PoolManifest.read(pools / name / "pool.json", "run `vtmix pool` first") for name in config.domains}
+    return Reference.committed(run.reference, _inputs(config, manifests, found.tokenizer))
+
+
+def _inputs(config: MixtureConfig, manifests: dict[str, PoolManifest], tokenizer: str) -> Inputs:
+    """What reference losses are made from."""
+    model = config.reference.model or config.model
+    return {
+        "model": model.model_dump(mode="json"),
+        "tokenizer": tokenizer,
+        "settings": config.reference.model_dump(mode="json", include={"epochs", "samples", "batch_size", "lr", "precision"}),
+        "seed": config.seed,
+        "eval_samples": config.training.eval_samples,
+        "pools": {name: manifest.fingerprint() for name, manifest in manifests.items()},
+    }

@@ -1,0 +1,33 @@
+"""JSON Schemas of mixture.yaml and of every JSON artefact, generated from the models: `python -m vtmix.schemas FOLDER`."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from vtmix.artifacts import SCHEMAS
+from vtmix.config import MixtureConfig
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def schemas() -> Iterator[tuple[str, str]]:
+    """File name and content of every schema."""
+    models: dict[str, type[BaseModel]] = {"mixture": MixtureConfig, **SCHEMAS}
+    for name, model in models.items():
+        mode = "validation" if name == "mixture" else "serialization"
+        content = {"$schema": DIALECT, **model.model_json_schema(mode=mode)}  # type: ignore[arg-type]
+        yield f"{name}.schema.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def write(folder: Path) -> None:
+    """Writes every schema into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in schemas():
+        (folder / name).write_text(content, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1] if len(sys.argv) > 1 else "schemas"))
