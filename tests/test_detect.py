@@ -1,37 +1,427 @@
 """Detection counts every sample once, whatever dies, and commits nothing it cannot stand behind."""
 
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import polars as pl
+import pyarrow.parquet as pq
 import pytest
+import yaml
+from conftest import WORDS, records, write_jsonl
+from test_generate import altered, silent
 
-from vtmix import cluster, pool
-from vtmix.artifacts import run_folder
-from vtmix.config import load
-from vtmix.detect import detect
+from vtmix import cluster, commit, detect, pool
+from vtmix.artifacts import DetectionReport, run_folder
+from vtmix.config import MixtureConfig, load
+from vtmix.encode import load_tokenizer
+from vtmix.errors import ConflictError, DamageError, DetectionError, LockedError, MissingError
+from vtmix.generate import Sample, sampling
+from vtmix.samples import Block, Parts, schema_of
+
+ROOT = Path(__file__).parents[1]
+SIZES = {"iterations": 2, "samples": 204, "block": 8, "max_tokens": 16, "precision": "fp32"}
+BLOCKS = 2 * 26
+
+
+class World:
+    """A folder with data, one pool, and as many runs as a test wants."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder = folder
+        for domain in WORDS:
+            write_jsonl(folder / "data" / f"{domain}.jsonl", records(domain, 60))
+        self._content = {
+            "model": str(model),
+            "seed": 7,
+            "domains": {domain: {"train": f"data/{domain}.jsonl"} for domain in WORDS},
+            "encoding": {"max_length": 64},
+            "pool": {"folder": "pool", "eval_fraction": 0.2},
+            "detection": SIZES,
+        }
+        pool.build(load(self.write("pools")), workers=1)
+
+    def write(self, run: str, model: Path | None = None, **detection) -> Path:
+        """Writes <run>.yaml for a run folder of that name; returns its path."""
+        content = {**self._content, "run": run, "detection": SIZES | detection}
+        path = self.folder / f"{run}.yaml"
+        path.write_text(yaml.safe_dump(content | ({"model": str(model)} if model else {}), sort_keys=False))
+        return path
+
+    def config(self, run: str, **settings) -> MixtureConfig:
+        return load(self.write(run, **settings))
+
+    def detected(self, run: str) -> Path:
+        return self.folder / run / "detection"
+
+
+def prepared(config: MixtureConfig) -> tuple[Parts, detect._Generate, detect._Classify]:
+    """A detection's parts and its two stages, to be run in this process."""
+    run = run_folder(config)
+    tokenizer = load_tokenizer(config.model_location(config.model))
+    inputs = detect._inputs(run, config) | {"tokenizer": detect.tokenizer_digest(tokenizer)}
+    probe = detect._probe(run, config, inputs)
+    parts = detect._parts(run, config, inputs, probe)
+    return parts, detect._Generate(parts, sampling(config, tokenizer), 1), detect._Classify(parts, probe)
+
+
+def draw_here(config: MixtureConfig, order: Callable[[list[Block]], list[Block]] = list) -> None:
+    """Commits every missing part with the two stages called in this process, one block after the other."""
+    parts, generate, classify = prepared(config)
+    for block in order(parts.missing()):
+        parts.publish(block, classify(generate({"block": list(block)}))["part"])
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    """Every committed file under a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def stamps_of(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+def parts_in(folder: Path) -> int:
+    return len(list(folder.glob("iteration-*/part-*.parquet")))
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """The processes that a process started, and those started by them."""
+    children: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(status.parent.name))
+    waiting = [pid]
+    while waiting:
+        found = children.get(waiting.pop(), [])
+        yield from found
+        waiting += found
+
+
+def title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+    except OSError:
+        return ""
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120, pause: float = 0.005) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(pause)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, tiny_model) -> World:
+    return World(tmp_path_factory.mktemp("world"), tiny_model)
+
+
+@pytest.fixture(scope="session")
+def golden(world) -> Path:
+    """The detection folder of a run whose parts were drawn one after the other in this process, without Ray."""
+    config = world.config("golden")
+    draw_here(config)
+    detect.detect(config)
+    return world.detected("golden")
 
 
 @pytest.fixture(scope="session")
 def ray_cluster():
+    """One cluster for all tests of a session, with room for two generating actors."""
     with cluster.connect(cpus=4):
         yield
 
 
-def test_smoke(project, ray_cluster, capfd):
-    import time
+def rows_of(folder: Path) -> pl.DataFrame:
+    return pl.concat(pl.read_parquet(path) for path in sorted(folder.glob("iteration-*/*.parquet")))
 
-    t = time.time()
-    config = load(project())
-    pool.build(config)
-    print("pool", time.time() - t)
-    t = time.time()
-    report = detect(config)
-    print("detect", time.time() - t)
-    print(report.model_dump_json(indent=1)[:3000])
-    t = time.time()
-    detect(config)
-    print("again", time.time() - t)
-    out, err = capfd.readouterr()
-    print("OUT", out, "ERR", err)
-    folder = run_folder(config).detection.parent
-    for p in sorted(folder.rglob("*")):
-        print(p)
-    assert 0
+
+# --- what a detection says -------------------------------------------------------------------------------------------
+
+
+def test_every_requested_sample_is_counted_once(golden):
+    rows = rows_of(golden)
+    assert rows.select("iteration", "sample").rows() == [(t, i) for t in (1, 2) for i in range(204)]
+    assert rows["seed"].n_unique() == 408
+    report = DetectionReport.read(golden / "detection.json", "")
+    counted = [share.mean * report.samples for share in report.shares.values()]
+    assert sum(counted) + report.unclassified * report.samples == pytest.approx(408)
+    assert report.tokens == rows["tokens"].sum() == rows["token_ids"].list.len().sum()
+
+
+def test_the_report_averages_the_parts(golden):
+    rows, report = rows_of(golden), DetectionReport.read(golden / "detection.json", "")
+    assert list(report.distribution) == list(report.shares) == list(WORDS)
+    assert sum(report.distribution.values()) == pytest.approx(1, abs=1e-12)
+    for domain, share in report.shares.items():
+        column = rows[f"p_{domain}"]
+        means = [column.filter(rows["iteration"] == t).mean() for t in (1, 2)]
+        assert share.mean == pytest.approx(sum(means) / 2)
+        assert report.distribution[domain] == pytest.approx(share.mean / (1 - report.unclassified))
+        assert share.standard_error == pytest.approx(column.std() / 408**0.5)
+        assert share.spread == pytest.approx(abs(means[0] - means[1]) / 2**0.5)
+        assert share.high - share.mean == pytest.approx(1.96 * share.standard_error)
+
+
+def test_the_report_records_what_it_was_made_from(golden, world, tiny_model):
+    report = DetectionReport.read(golden / "detection.json", "")
+    assert report.start_token == "<|endoftext|>"
+    assert report.classifier.accuracy > 0.9
+    assert report.inputs["model"] == {"name": str(tiny_model), "revision": None}
+    assert report.inputs["seed"] == 7
+    assert report.inputs["domains"] == list(WORDS)
+    assert report.inputs["sampling"] == {
+        **SIZES,
+        "start_token": None,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": None,
+        "repetition_penalty": 1.0,
+    }
+    for domain in WORDS:
+        assert report.inputs["pools"][domain] == pool.open_pool(world.folder / "pool" / domain).manifest.fingerprint()
+    assert len(report.inputs["tokenizer"]) == 64
+
+
+def test_parts_hold_what_their_schema_says(golden, tiny_model):
+    tokenizer = load_tokenizer(str(tiny_model))
+    for path in golden.glob("iteration-*/*.parquet"):
+        table = pq.read_table(path)
+        assert table.schema.equals(schema_of(tuple(WORDS)))
+        for row in table.to_pylist():
+            assert row["text"] == tokenizer.decode(row["token_ids"], skip_special_tokens=True)
+            assert row["finish_reason"] == ("length" if row["tokens"] == 16 else "stop")
+            assert row["unclassified"] == (0 if row["text"].strip() else 1)
+
+
+def test_a_rerun_commits_nothing_and_loads_neither_torch_nor_ray(golden, world):
+    before = stamps_of(golden)
+    code = (
+        "import sys\nfrom vtmix.config import load\nfrom vtmix.detect import detect\n"
+        f"print(detect(load({str(world.folder / 'golden.yaml')!r})).samples)\n"
+        "print({'torch', 'ray', 'transformers', 'sklearn'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["408", "set()"]
+    assert stamps_of(golden) == before
+
+
+def test_the_order_of_blocks_does_not_matter(golden, world):
+    config = world.config("reversed")
+    draw_here(config, order=lambda blocks: blocks[::-1])
+    detect.detect(config)
+    assert content_of(world.detected("reversed")) == content_of(golden)
+
+
+def test_execution_settings_are_no_inputs(golden, world):
+    shutil.copytree(golden.parent, world.folder / "elsewhere")
+    config = world.config("elsewhere", generate={"actors": 8, "cpus": 2}, classify={"cpus": 1}, device="cpu")
+    assert detect.detect(config).samples == 408
+
+
+# --- whatever dies ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_killed_driver_and_killed_workers_change_nothing(golden, world, ray_cluster):
+    path = world.write("killed", generate={"actors": 2})
+    folder = world.detected("killed")
+    kill_driver(path, folder)
+    survivors = stamps_of(folder)
+    (folder / "iteration-01" / ".part-00001.parquet.x1y2").write_bytes(b"torn")
+    killer = threading.Thread(target=kill_workers, args=(folder, parts_in(folder)))
+    killer.start()
+    detect.detect(load(path))
+    killer.join()
+    assert content_of(folder) == content_of(golden)
+    parquet = {name: stamp for name, stamp in survivors.items() if name.endswith(".parquet")}
+    assert len(parquet) >= 2
+    assert parquet.items() <= stamps_of(folder).items()
+    assert not list(folder.rglob(".part-*"))
+
+
+def kill_driver(path: Path, folder: Path) -> None:
+    """Runs the job in a process of its own, and kills it when a few parts stand."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, ROOT / "jobs" / "detect.py", "--config", path]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as driver:
+        wait_until(lambda: parts_in(folder) >= 2)
+        started = list(descendants(driver.pid))
+        driver.kill()
+    assert parts_in(folder) < BLOCKS
+    wait_until(lambda: not any(title(pid).startswith("ray::MapWorker") for pid in started), seconds=30)
+    for pid in started:  # Ray's two agents take a minute to notice
+        if title(pid).startswith("ray::"):
+            os.kill(pid, signal.SIGKILL)
+
+
+def kill_workers(folder: Path, parts: int) -> None:
+    """Kills the workers of both stages once parts are coming."""
+    wait_until(lambda: parts_in(folder) > parts)
+    workers = [pid for pid in descendants(os.getpid()) if title(pid).startswith("ray::MapWorker")]
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    assert len(workers) == 3
+    assert parts_in(folder) < BLOCKS
+
+
+# --- what is not this detection's ------------------------------------------------------------------------------------
+
+
+def test_parts_of_other_inputs_are_refused_by_name(golden, world):
+    config = world.config("foreign", max_tokens=24)
+    place = world.detected("foreign") / "iteration-01"
+    place.mkdir(parents=True)
+    shutil.copy(golden / "iteration-01" / "part-00000.parquet", place)
+    with pytest.raises(ConflictError, match=r"part-00000\.parquet: .*inputs\.sampling\.max_tokens was 16, is now 24"):
+        detect.detect(config)
+    assert not (world.detected("foreign") / "detection.json").exists()
+
+
+def test_a_detection_of_other_inputs_is_refused(golden, world):
+    shutil.copytree(golden.parent, world.folder / "changed")
+    with pytest.raises(ConflictError, match=r"sampling\.samples was 204, is now 100"):
+        detect.detect(world.config("changed", samples=100))
+
+
+def copied(golden: Path, world: World, run: str) -> tuple[MixtureConfig, Path]:
+    """A run with all the parts of the golden one, but no report."""
+    shutil.copytree(golden.parent, world.folder / run)
+    (world.detected(run) / "detection.json").unlink()
+    return world.config(run), world.detected(run)
+
+
+def test_a_part_that_stands_twice_or_beyond_is_refused_by_name(golden, world):
+    config, folder = copied(golden, world, "twice")
+    shutil.copy(folder / "iteration-01" / "part-00000.parquet", folder / "iteration-01" / "part-00003.parquet")
+    shutil.copytree(folder / "iteration-02", folder / "iteration-03")
+    with pytest.raises(ConflictError) as error:
+        detect.detect(config)
+    assert "iteration-01/part-00003.parquet: part was 0, is now 3" in str(error.value)
+    assert "iteration-03/part-00000.parquet: no such part belongs to this detection" in str(error.value)
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"x" * 4000])
+def test_parts_that_are_not_parquet_are_named(golden, world, data):
+    config, folder = copied(golden, world, f"damaged-{len(data)}")
+    for name in ("iteration-01/part-00002.parquet", "iteration-02/part-00001.parquet"):
+        (folder / name).write_bytes(data)
+    with pytest.raises(DamageError) as error:
+        detect.detect(config)
+    assert "2 parts" in str(error.value)
+    assert "iteration-01/part-00002.parquet" in str(error.value)
+    assert "iteration-02/part-00001.parquet" in str(error.value)
+
+
+def test_a_flipped_byte_is_found_or_changes_nothing(golden, world):
+    config, folder = copied(golden, world, "flipped")
+    parts, _, _ = prepared(config)
+    parts = dataclasses.replace(parts, folder=folder / "one", blocks=parts.blocks[:1])
+    data = (folder / parts.blocks[0].name).read_bytes()
+    parts.publish(parts.blocks[0], data)
+    whole = parts.read()
+    path = parts.folder / parts.blocks[0].name
+    found = 0
+    for place in range(4, len(data), 37):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
+        refusal = refused(parts)
+        if refusal is None:
+            assert parts.read().equals(whole)
+        else:
+            assert "iteration-01/part-00000.parquet" in refusal
+            found += 1
+    assert found > len(range(4, len(data), 37)) / 2
+
+
+def refused(parts: Parts) -> str | None:
+    """What is said against the parts, if anything."""
+    try:
+        parts.missing()
+        parts.read()
+    except (DamageError, ConflictError) as error:
+        return str(error)
+    return None
+
+
+def test_a_hand_written_distribution_is_taken_as_it_is(world):
+    folder = world.folder / "by-hand" / "detection"
+    folder.mkdir(parents=True)
+    shares = {"law": 0.5, "medicine": 0.25, "code": 0.25}
+    (folder / "detection.json").write_text(json.dumps({"distribution": shares}))
+    assert detect.detect(world.config("by-hand")).distribution == shares
+
+
+def test_pools_come_first(world):
+    path = world.write("poolless")
+    path.write_text(path.read_text().replace("folder: pool", "folder: absent"))
+    with pytest.raises(MissingError, match="run `vtmix pool` first"):
+        detect.detect(load(path))
+    assert not (world.folder / "poolless").exists()
+
+
+def test_two_detections_do_not_work_in_one_folder(world):
+    config = world.config("busy")
+    with commit.lock(world.detected("busy"), "detection"), pytest.raises(LockedError, match=str(os.getpid())):
+        detect.detect(config)
+
+
+# --- unclassified mass -----------------------------------------------------------------------------------------------
+
+
+def test_a_silent_model_is_refused_and_its_samples_are_kept(world, tiny_model, tmp_path):
+    model = altered(tiny_model, tmp_path / "silent", silent)
+    config = world.config("silent", model=model, samples=16, iterations=1)
+    draw_here(config)
+    with pytest.raises(DetectionError, match=r"100\.0% of the mass of 16 samples .* allows 20\.0%.*start_token"):
+        detect.detect(config)
+    folder = world.detected("silent")
+    assert rows_of(folder).select("text", "tokens", "unclassified").rows() == [("", 0, 1.0)] * 16
+    assert not (folder / "detection.json").exists()
+    with pytest.raises(DetectionError, match="none of the samples was classified"):
+        detect.detect(world.config("silent", model=model, samples=16, iterations=1, max_unclassified=1.0))
+
+
+def test_odd_generations_are_counted_and_the_rest_is_renormalised(world):
+    config = world.config("odd", samples=8, iterations=1, max_unclassified=0.1)
+    parts, _, classify = prepared(config)
+    texts = ["court statute", "", "\ufffd" * 9, "def class " * 20_000, "\x00", " \n", "patient dose", "🙂"]
+    samples = [[text, [3] * min(len(text), 10_000), "length"] for text in texts]
+    (block,) = parts.blocks
+    parts.publish(block, classify({"block": list(block), "samples": json.dumps(samples)})["part"])
+    with pytest.raises(DetectionError, match=r"25\.0% of the mass"):
+        detect.detect(config)
+    before = stamps_of(world.detected("odd") / "iteration-01")
+    report = detect.detect(world.config("odd", samples=8, iterations=1, max_unclassified=0.3))
+    assert stamps_of(world.detected("odd") / "iteration-01") == before
+    assert (report.samples, report.unclassified) == (8, 0.25)
+    assert sum(share.mean for share in report.shares.values()) == pytest.approx(0.75)
+    assert sum(report.distribution.values()) == pytest.approx(1)
+    assert rows_of(world.detected("odd"))["text"].to_list() == texts
+    with pytest.raises(DetectionError, match="25"):
+        detect.detect(config)
+
+
+def test_samples_are_neither_lost_nor_invented_between_the_stages(golden, world):
+    config = world.config("golden")
+    parts, generate, classify = prepared(config)
+    block = parts.blocks[3]
+    row = generate({"block": list(block)})
+    drawn = [Sample(text, tuple(ids), reason) for text, ids, reason in json.loads(row["samples"])]
+    assert drawn == generate._generator(parts.seeds(block))
+    assert (golden / block.name).read_bytes() == classify(row)["part"]

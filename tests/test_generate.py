@@ -49,8 +49,8 @@ def silent(model) -> None:
 
 
 def test_seeds_do_not_change_between_versions():
-    assert sample_seed(7, 1, 0) == 7443218204452414416
-    assert uniforms([sample_seed(7, 1, 0)], 2)[0].tolist() == [0.5, 0.5]
+    assert sample_seed(7, 1, 0) == 0x59E9068170181469 >> 1  # printf 7/1/0 | sha256sum
+    assert uniforms([sample_seed(7, 1, 0)], 2)[0].tolist() == [0.6582955094497642, 0.2883268862777636]
 
 
 def test_every_sample_has_a_seed_of_its_own():
@@ -116,7 +116,9 @@ def test_texts_end_at_a_stop_token_or_at_max_tokens(settings):
 
 def test_a_stop_token_as_the_last_of_max_tokens_is_a_stop(project, settings, tiny_model, tmp_path):
     model = altered(tiny_model, tmp_path / "silent", silent)
-    (only, *rest) = TransformersGenerator(sampling(load(project(model=str(model), detection={"max_tokens": 1}))))(seeds(3))
+    (only, *rest) = TransformersGenerator(sampling(load(project(model=str(model), detection={"max_tokens": 1}))))(
+        seeds(3)
+    )
     assert (only.text, only.token_ids, only.finish_reason) == ("", (), "stop")
     assert rest == [only, only]
 

@@ -17,7 +17,7 @@ from vtmix.config import DEFAULT_PATH, MixtureConfig, load
 from vtmix.errors import MissingError, VtmixError
 
 if TYPE_CHECKING:
-    from composer_trainer import Session
+    from with_composer.session import Session
 
     from vtmix.loop import Mixture
 
@@ -47,7 +47,8 @@ def train(config: MixtureConfig, callbacks: Sequence[Any] = ()) -> Path:
 
     `callbacks` are further Composer callbacks.
     """
-    from composer_trainer import Session, on_rank_zero, start_ranks
+    from with_composer.ranks import on_rank_zero, start_ranks
+    from with_composer.session import Session
 
     start_ranks(config)
     session = Session(config, on_rank_zero(lambda: newest_state(config)), callbacks)
@@ -61,7 +62,7 @@ def train(config: MixtureConfig, callbacks: Sequence[Any] = ()) -> Path:
 
 def settle(config: MixtureConfig, session: "Session", epoch: int) -> "Mixture | None":
     """Commits the losses after an epoch (0: the base model's) and gives the next epoch's mixture, None at the end."""
-    from composer_trainer import on_rank_zero
+    from with_composer.ranks import on_rank_zero
 
     from vtmix import loop
 

@@ -1,7 +1,7 @@
 """Samples → padded tensors → the loss of their responses, as sums that add up over batches and ranks.
 
-The model's head is given the hidden states of response positions alone: the logits of a large vocabulary are most of the
-memory of a forward pass, and those of prompts and padding would be thrown away.
+The model's head is given the hidden states of response positions alone: the logits of a large vocabulary are most of
+the memory of a forward pass, and those of prompts and padding would be thrown away.
 """
 
 import math

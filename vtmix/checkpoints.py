@@ -1,4 +1,4 @@
-"""Training checkpoints that survive kills: one folder each, published by one rename, its digest checked before it is read.
+"""Training checkpoints that survive kills: one folder each, published by one rename, digest checked before it is read.
 
     checkpoints/step-00000012/state.pt          what the trainer saved
     checkpoints/step-00000012/checkpoint.json   its size and digest, and the step, epoch and mixture it belongs to
@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -31,7 +31,6 @@ class Checkpoint(Artefact):
     step: Annotated[Count, Field(description="optimizer steps taken since the base model")]
     epoch: Annotated[int, Field(ge=1, description="the epoch the last step belongs to")]
     mixture: Annotated[str, Field(description="digest of the mixture that epoch trains on")]
-    file: Literal["state.pt"] = STATE
     bytes: Count
     sha256: str
 
@@ -116,7 +115,8 @@ def _open(path: Path) -> Checkpoint:
 
 def _published(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
-    return sorted(folder.glob("step-*"))
+    names = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(names, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _foreign(folder: Path) -> list[str]:

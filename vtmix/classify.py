@@ -87,7 +87,7 @@ class StaticEmbedding:
         """Unit vectors (n, 256); zeros for a text with nothing to embed."""
         stripped = [text.strip() for text in texts]
         encodings = self._tokenizer.encode_batch(stripped, add_special_tokens=False)
-        return np.array([self._embed(encoding.ids) for encoding in encodings]).reshape(len(texts), -1)
+        return np.array([self._embed(encoding.ids) for encoding in encodings]).reshape(len(texts), self._table.shape[1])
 
     def _embed(self, ids: list[int]) -> Matrix:
         if not ids:

@@ -116,7 +116,7 @@ def _started(cpus: float) -> Iterator[None]:
     import ray
 
     with (
-        _private_folder() as (folder, token),
+        _private_folder() as (files, token),
         _environment(
             RAY_AUTH_MODE="token",
             RAY_AUTH_TOKEN_PATH=str(token),
@@ -134,7 +134,7 @@ def _started(cpus: float) -> Iterator[None]:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                _temp_dir=str(folder),
+                _temp_dir=str(files),
             )
             yield
         finally:
@@ -143,7 +143,7 @@ def _started(cpus: float) -> Iterator[None]:
 
 @contextmanager
 def _private_folder() -> Iterator[tuple[Path, Path]]:
-    """A temporary folder for a cluster's files, and the token file (mode 0600) in it.
+    """A temporary folder for a cluster's files, and the token file (mode 0600) beside it, in a folder of mode 0700.
 
     The token file is locked while its cluster lives; folders whose owner was killed are found by that, and removed.
     """
@@ -152,12 +152,13 @@ def _private_folder() -> Iterator[tuple[Path, Path]]:
     _sweep(Path(base))
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
     try:
+        (folder / "ray").mkdir()  # Ray opens its own folder to everyone; the one around it stays private
         new = folder / "token.new"
         with open(new, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(_TOKEN)
             file.flush()
-            yield folder, new.rename(folder / "token")
+            yield folder / "ray", new.rename(folder / "token")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

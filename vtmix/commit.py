@@ -4,40 +4,69 @@ A file becomes visible by one hard link, a folder by one rename, after its bytes
 visible is ever overwritten. Locks are `flock`s, so they die with their process and leave nothing to clean up.
 """
 
-import errno
 import fcntl
 import os
 import shutil
-import tempfile
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from vtmix.errors import ConflictError, LockedError, VtmixError
 
 STAGING_PREFIX = ".staging-"
+LOCK_ATTEMPTS = 20
+LOCK_PAUSE = 0.05
+"""Seconds between attempts, made only while the lock file names no holder: one is just coming or going."""
 
 
 @contextmanager
 def lock(folder: Path, name: str) -> Iterator[None]:
     """Holds the lock `name` of `folder`; raises LockedError naming the holder's pid when another process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / f".{name}.lock"
-    with path.open("a+") as file:
+    with _errors_named(f"{path}: cannot be locked"):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with _errors_named(f"{path}: cannot be locked"):
+            _acquire(descriptor, folder, name)
+            os.ftruncate(descriptor, 0)  # a holder that was killed left its pid
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise LockedError(
-                f"{folder}: process {holder} holds the {name} lock: wait for it to end, or end it"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+            yield
+        finally:
+            os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(descriptor: int, folder: Path, name: str) -> None:
+    holder = ""
+    for _ in range(LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode()
+            if holder:
+                break
+            time.sleep(LOCK_PAUSE)
+        else:
+            return
+    raise LockedError(
+        f"{folder}: process {holder or 'unknown'} holds the {name} lock: wait for it to end, or end it"
+    )
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it that are missing, so that they last."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    with _errors_named(f"{folder}: cannot be made"):
+        folder.mkdir(exist_ok=True)
+    flush_folder(folder.parent)
 
 
 def publish_file(path: Path, data: bytes) -> bool:
@@ -45,26 +74,23 @@ def publish_file(path: Path, data: bytes) -> bool:
 
     Raises ConflictError when `path` exists with other bytes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _errors_named(path, len(data)):
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        temporary = Path(name)
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with _errors_named(f"{path}: cannot write {len(data):,} bytes"):
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                os.fchmod(file.fileno(), 0o644)
+            with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                if path.read_bytes() == data:
-                    return False
-                raise ConflictError(f"{path}: exists with other content, and committed files never change") from None
-            flush_folder(path.parent)
-            return True
+            os.link(temporary, path)
+        except FileExistsError:
+            if path.read_bytes() == data:
+                return False
+            raise ConflictError(f"{path}: exists with other content, and committed files never change") from None
         finally:
             temporary.unlink(missing_ok=True)
+    flush_folder(path.parent)
+    return True
 
 
 def staging_folder(final: Path, fingerprint: str) -> Path:
@@ -72,23 +98,38 @@ def staging_folder(final: Path, fingerprint: str) -> Path:
 
     Staging left by work on other inputs is removed. Call it under the lock that guards `final`.
     """
-    staging = final.parent / f"{STAGING_PREFIX}{final.name}-{fingerprint[:16]}"
-    for other in final.parent.glob(f"{STAGING_PREFIX}{final.name}-*"):
-        if other != staging:
-            shutil.rmtree(other)
-    staging.mkdir(parents=True, exist_ok=True)
+    # A dot parts the two names, since no name of a folder here holds one: 'law' must not take 'law-eu' for its own.
+    prefix = f"{STAGING_PREFIX}{final.name}."
+    staging = final.parent / f"{prefix}{fingerprint[:16]}"
+    make_folder(final.parent)
+    with _errors_named(f"{staging}: cannot be prepared"):
+        for other in final.parent.glob(f"{prefix}*"):
+            if other != staging:
+                shutil.rmtree(other)
+        staging.mkdir(exist_ok=True)
     return staging
 
 
 def write_staged(path: Path, data: bytes) -> None:
     """Writes a file of a staging folder so that it exists completely or not at all."""
-    with _errors_named(path, len(data)):
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+    with staged(path, len(data)) as file:
+        file.write(data)
+
+
+@contextmanager
+def staged(path: Path, size: int) -> Iterator[BinaryIO]:
+    """A file of a staging folder to write `size` bytes to: it exists completely, or after an error not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with _errors_named(f"{path}: cannot write {size:,} bytes"):
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def publish_folder(staging: Path, final: Path) -> None:
@@ -98,25 +139,27 @@ def publish_folder(staging: Path, final: Path) -> None:
     """
     if final.exists():
         raise ConflictError(f"{final}: exists, and committed folders never change")
-    flush_folder(staging)
-    staging.rename(final)
+    for folder, _, _ in os.walk(staging):
+        flush_folder(Path(folder))
+    with _errors_named(f"{final}: cannot be published"):
+        staging.rename(final)
     flush_folder(final.parent)
 
 
 def flush_folder(folder: Path) -> None:
     """Flushes a folder's entries to disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with _errors_named(f"{folder}: cannot be flushed to disk"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
-def _errors_named(path: Path, needed: int) -> Iterator[None]:
+def _errors_named(what: str) -> Iterator[None]:
     """Turns a full disk and the like into an error that names the file and the bytes it needed."""
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise VtmixError(f"{path}: cannot write {needed:,} bytes: {reason}: nothing was published") from error
+        raise VtmixError(f"{what}: {error.strerror or error}") from error

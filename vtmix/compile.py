@@ -22,7 +22,7 @@ from vtmix.artifacts import (
     run_folder,
 )
 from vtmix.config import MixtureConfig
-from vtmix.errors import ConflictError, VtmixError
+from vtmix.errors import ConflictError, MixtureError, VtmixError
 from vtmix.plan import make_plan
 from vtmix.pool import Pool, open_pool
 from vtmix.shards import ShardReport, ShardWriter
@@ -44,13 +44,12 @@ def planned(config: MixtureConfig, epoch: int, pools: Mapping[str, Pool]) -> Pla
     is committed.
     """
     run = run_folder(config)
-    remedy = (
-        "run `vtmix weights` first, or write the file by hand"
-        if epoch == 1
-        else (f"train epoch {epoch - 1} first, or write the file by hand")
-    )
+    step = f"train epoch {epoch - 1}" if epoch > 1 else f"run `vtmix weights --epoch {epoch}`"
+    remedy = f"{step} first, or write the file by hand"
     weights = Weights.read(run.weights(epoch), remedy)
-    previous = Plan.read(run.plan(epoch - 1), f"plan epoch {epoch - 1} first") if epoch > 1 else None
+    if weights.epoch != epoch:
+        raise MixtureError(f"{run.weights(epoch)}: says it is for epoch {weights.epoch}, expected {epoch}: correct it")
+    previous = Plan.read(run.plan(epoch - 1), f"compile epoch {epoch - 1} first") if epoch > 1 else None
     plan = make_plan(
         weights,
         {name: pool.manifest for name, pool in pools.items()},
@@ -73,23 +72,30 @@ def compile_epoch(config: MixtureConfig, epoch: int, workers: int | None = None)
 
     Raises ConflictError when a mixture of other inputs is committed, LockedError while another compile is at work.
     """
+    # Planned before the lock is taken, which makes a file: what is refused here leaves no trace.
+    pools = open_pools(config)
+    plan = planned(config, epoch, pools)
     run = run_folder(config)
+    final = run.mixture(epoch)
+    inputs = mixture_inputs(plan, config.mixture.shard_bytes)
+    if run.plan(epoch).exists() and (committed := _committed(final, inputs)):
+        return committed, False
     with commit.lock(run.path, "compile"):
-        pools = open_pools(config)
-        plan = planned(config, epoch, pools)
-        plan.publish(run.plan(epoch))
-        final = run.mixture(epoch)
-        inputs = mixture_inputs(plan, config.mixture.shard_bytes)
-        committed = Manifest.committed(final / MANIFEST, inputs)
-        if committed is not None:
+        if Plan.committed(run.plan(epoch), plan.inputs or {}) is None:
+            plan.publish(run.plan(epoch))
+        if committed := _committed(final, inputs):
             return committed, False
-        if final.exists():
-            raise ConflictError(f"{final}: exists without {MANIFEST}, so vtmix did not write it: move it away")
         return _compile(plan, pools, inputs, final, workers), True
 
 
+def _committed(final: Path, inputs: Inputs) -> Manifest | None:
+    found = Manifest.committed(final / MANIFEST, inputs)
+    if found is None and final.exists():
+        raise ConflictError(f"{final}: exists without {MANIFEST}, so vtmix did not write it: move it away")
+    return found
+
+
 def _compile(plan: Plan, pools: Mapping[str, Pool], inputs: Inputs, final: Path, workers: int | None) -> Manifest:
-    final.parent.mkdir(parents=True, exist_ok=True)
     identity = fingerprint(inputs)
     staging = commit.staging_folder(final, identity)
     if not (staging / MANIFEST).exists():

@@ -11,8 +11,10 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import polars as pl
+
 from vtmix import classify, cluster, commit, estimate, generate, pool, progress
-from vtmix.artifacts import DetectionReport, Inputs, PoolManifest, RunFolder, run_folder
+from vtmix.artifacts import ClassifierReport, DetectionReport, Inputs, PoolManifest, RunFolder, run_folder
 from vtmix.config import MixtureConfig
 from vtmix.distribute import cores
 from vtmix.encode import load_tokenizer, tokenizer_digest
@@ -31,18 +33,17 @@ def detect(config: MixtureConfig) -> DetectionReport:
     cluster.require_durable(run)
     found = _committed(run, config)
     if found is not None:
-        _refuse_unclassified(found, config)
+        _refuse_unclassified(found.unclassified, found.samples, config)
         return found
+    inputs = _inputs(run, config)
     with commit.lock(run.detection.parent, "detection"):
-        inputs = _inputs(run, config)
         tokenizer = load_tokenizer(config.model_location(config.model), config.model.revision)
         sampling = generate.sampling(config, tokenizer)
-        inputs = {**inputs, "tokenizer": tokenizer_digest(tokenizer)}
+        inputs = inputs | {"tokenizer": tokenizer_digest(tokenizer)}
         probe = _probe(run, config, inputs)
         parts = _parts(run, config, inputs, probe)
         _draw(parts, parts.missing(), sampling, probe, config)
-        report = _report(parts, inputs, sampling.start_token, probe)
-        _refuse_unclassified(report, config)
+        report = _report(parts.read(), config, inputs, sampling.start_token, probe.report)
         report.publish(run.detection)
     return report
 
@@ -211,27 +212,30 @@ def _explained(error: Exception) -> VtmixError:
     return DetectionError(f"sampling stopped: {reason}: what is committed is kept, and a rerun goes on from there")
 
 
-def _report(parts: Parts, inputs: Inputs, start_token: str, probe: classify.FittedProbe) -> DetectionReport:
-    samples = parts.read()
-    shares = estimate.shares(samples, parts.domains)
+def _report(
+    samples: pl.DataFrame, config: MixtureConfig, inputs: Inputs, start_token: str, classifier: ClassifierReport
+) -> DetectionReport:
+    shares = estimate.shares(samples, list(config.domains))
+    unclassified = estimate.unclassified(samples)
+    _refuse_unclassified(unclassified, len(samples), config)
     return DetectionReport(
         inputs=inputs,
         distribution=estimate.distribution(shares),
         shares=shares,
-        unclassified=estimate.unclassified(samples),
+        unclassified=unclassified,
         samples=len(samples),
         tokens=int(samples["tokens"].sum()),
         start_token=start_token,
-        classifier=probe.report,
+        classifier=classifier,
     )
 
 
-def _refuse_unclassified(report: DetectionReport, config: MixtureConfig) -> None:
+def _refuse_unclassified(share: float, samples: int, config: MixtureConfig) -> None:
     most = config.detection.max_unclassified
-    if report.unclassified > most:
+    if share > most:
         raise DetectionError(
-            f"{report.unclassified:.1%} of the mass of {report.samples:,} samples is unclassified, "
-            f"detection.max_unclassified allows {most:.1%}: nothing was published, the samples are kept. Read some of "
-            f"them (detection/iteration-01/*.parquet): where they are empty or no text, set detection.start_token to "
-            f"the token that the model's documents begin with; else raise detection.max_unclassified"
+            f"{share:.1%} of the mass of {samples:,} samples is unclassified, detection.max_unclassified allows "
+            f"{most:.1%}: nothing was published, the samples are kept. Read some of them "
+            f"(detection/iteration-01/*.parquet): where they are empty or no text, set detection.start_token to the "
+            f"token that the model's documents begin with; else raise detection.max_unclassified"
         )

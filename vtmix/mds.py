@@ -5,6 +5,7 @@ the file. A sample is  u32 size × variable-size columns | column bytes …,  co
 bytes do not depend on their shard, they are encoded once, and writing a shard is concatenation.
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from vtmix.errors import DamageError, MissingError
+from vtmix.errors import DamageError, MissingError, MixtureError
 
 COLUMNS: Mapping[str, str] = {
     "domain": "str",
@@ -54,32 +55,44 @@ def encode_sample(sample: Sample) -> bytes:
 def decode_sample(data: bytes | memoryview) -> Sample:
     """The sample that encode_sample made `data` from; the arrays are copies.
 
-    Raises DamageError when the sizes do not add up.
+    Raises DamageError when the sizes do not add up, or a column does not hold what its encoding says.
     """
-    sizes = np.frombuffer(data[:16], np.uint32)
-    ends = 16 + np.cumsum(sizes, dtype=np.int64)
-    if len(sizes) != 4 or ends[-1] != len(data):
-        raise DamageError(f"a sample of {len(data)} bytes declares columns of {sizes.tolist()} bytes")
-    domain, input_ids, labels, sample_id = (
-        bytes(data[end - size : end]) for size, end in zip(sizes.tolist(), ends.tolist(), strict=True)
-    )
-    return Sample(
-        domain=domain.decode(),
-        input_ids=_decode_array(input_ids),
-        labels=_decode_array(labels),
-        sample_id=sample_id.decode(),
-    )
+    heading = 4 * len(COLUMNS)
+    if len(data) < heading:
+        raise DamageError(f"a sample of {len(data)} bytes is shorter than its own heading of {heading}")
+    sizes = np.frombuffer(data[:heading], np.uint32).tolist()
+    ends = list(itertools.accumulate(sizes, initial=heading))
+    if ends[-1] != len(data):
+        raise DamageError(f"a sample of {len(data):,} bytes declares columns of {sizes} bytes")
+    domain, input_ids, labels, sample_id = (bytes(data[begin:end]) for begin, end in itertools.pairwise(ends))
+    try:
+        return Sample(
+            domain=domain.decode(),
+            input_ids=_decode_array(input_ids),
+            labels=_decode_array(labels),
+            sample_id=sample_id.decode(),
+        )
+    except UnicodeDecodeError as error:
+        raise DamageError(f"a sample holds text that is not UTF-8 (byte {error.start})") from None
 
 
 def _encode_array(values: IntArray) -> bytes:
     """A one-dimensional array: a byte (dimensions << 2 | width code), the length in that width, the values."""
     length = len(values)
-    code, width = (0, np.uint8) if length < 1 << 8 else (1, np.uint16) if length < 1 << 16 else (2, np.uint32)
-    return bytes([1 << 2 | code]) + width(length).tobytes() + values.astype(np.int32, copy=False).tobytes()
+    code = 0 if length < 1 << 8 else 1 if length < 1 << 16 else 2
+    return (
+        bytes([1 << 2 | code])
+        + length.to_bytes(1 << code, "little")
+        + values.astype(np.int32, copy=False).tobytes()
+    )
 
 
 def _decode_array(data: bytes) -> IntArray:
-    return np.frombuffer(data, np.int32, offset=1 + (1 << (data[0] & 3))).copy()
+    start = 1 + (1 << (data[0] & 3)) if data else 1
+    length = int.from_bytes(data[1:start], "little")
+    if not data or data[0] >> 2 != 1 or len(data) != start + 4 * length:
+        raise DamageError(f"an array of {len(data):,} bytes does not hold the {length:,} numbers it declares")
+    return np.frombuffer(data, np.int32, offset=start).copy()
 
 
 def shard_settings(size_limit: int) -> dict[str, Any]:
@@ -99,13 +112,15 @@ def shard_settings(size_limit: int) -> dict[str, Any]:
 def header(lengths: npt.NDArray[np.int64], size_limit: int) -> bytes:
     """Everything that stands before the first sample, given the samples' lengths in bytes.
 
-    Raises ValueError when the shard would reach 4 GiB, which its uint32 offsets cannot address.
+    Raises MixtureError when the shard would reach 4 GiB, which its uint32 offsets cannot address.
     """
     settings = json.dumps(shard_settings(size_limit), sort_keys=True).encode()
     first = 4 + 4 * (len(lengths) + 1) + len(settings)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]) + first
     if offsets[-1] >= 1 << 32:
-        raise ValueError(f"a shard of {offsets[-1]:,} bytes exceeds the 4 GiB its uint32 offsets can address")
+        raise MixtureError(
+            f"a shard of {offsets[-1]:,} bytes exceeds the 4 GiB its offsets can address: lower mixture.shard_bytes"
+        )
     return np.uint32(len(lengths)).tobytes() + offsets.astype(np.uint32).tobytes() + settings
 
 
@@ -132,13 +147,16 @@ class Samples(Sequence[Sample]):
     """Random access to the samples of a folder that vtmix wrote, without caches or shared memory."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises MissingError when the folder holds no index.json."""
+        """Raises MissingError when the folder holds no index.json, DamageError when it is not one of vtmix."""
         try:
             entries = json.loads((folder / INDEX).read_bytes())["shards"]
+            self._ends = np.cumsum([entry["samples"] for entry in entries], dtype=np.int64)
+            self._sizes = [entry["raw_data"]["bytes"] for entry in entries]
         except FileNotFoundError:
             raise MissingError(f"{folder}: holds no {INDEX}, so it is not a complete MDS folder") from None
+        except (ValueError, TypeError, KeyError):
+            raise DamageError(f"{folder / INDEX}: is not an index that vtmix writes") from None
         self._files = [folder / shard_name(number) for number in range(len(entries))]
-        self._ends = np.cumsum([entry["samples"] for entry in entries], dtype=np.int64)
         self._maps: dict[int, npt.NDArray[np.uint8]] = {}
 
     def __len__(self) -> int:
@@ -155,11 +173,22 @@ class Samples(Sequence[Sample]):
         return (decode_sample(self.raw(position)) for position in range(len(self)))
 
     def raw(self, position: int) -> bytes:
-        """The bytes of one sample."""
+        """The bytes of one sample.
+
+        Raises DamageError when its shard is missing, or not as large as index.json says.
+        """
         shard = int(np.searchsorted(self._ends, position, side="right"))
         local = position - (int(self._ends[shard - 1]) if shard else 0)
         data = self._maps.get(shard)
         if data is None:
-            data = self._maps[shard] = np.memmap(self._files[shard], np.uint8, "r")
+            data = self._maps[shard] = self._open(shard)
         begin, end = data[4 + 4 * local : 12 + 4 * local].view(np.uint32).tolist()
         return data[begin:end].tobytes()
+
+    def _open(self, shard: int) -> npt.NDArray[np.uint8]:
+        path, expected = self._files[shard], self._sizes[shard]
+        size = path.stat().st_size if path.is_file() else None
+        if size != expected:
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            raise DamageError(f"{path}: {found}, {INDEX} says {expected:,} bytes")
+        return np.memmap(path, np.uint8, "r")

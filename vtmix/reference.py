@@ -62,8 +62,8 @@ def build(config: MixtureConfig, *, backend: Backend = "local") -> Reference:
         return committed
     with commit.lock(run.reference.parent, "reference"):
         pools, tokenizer = _pools(config, run)
-        manifests = {name: PoolManifest.read(pools / name / "pool.json", "run `vtmix pool` first") for name in config.domains}
-        losses = _measure(config, run, pools, manifests, tokenizer, backend)
+        manifests = _manifests(config, pools)
+        losses = _measure(config, run.reference.parent, pools, tokenizer, backend)
         reference = Reference(inputs=_inputs(config, manifests, tokenizer), tokenizer=tokenizer, domains=losses)
         reference.publish(run.reference)
     return reference
@@ -72,8 +72,8 @@ def build(config: MixtureConfig, *, backend: Backend = "local") -> Reference:
 def train_domain(job: Job, advance: Advance = lambda _: None) -> ReferenceLoss:
     """Fine-tunes a fresh copy of the reference model on one domain and returns its lowest held-out loss.
 
-    `advance` is told of samples as they are done. Raises LossError, naming domain and epoch, when a held-out loss is not
-    finite or there is nothing to take it over.
+    `advance` is told of samples as they are done. Raises LossError, naming domain and epoch, when a held-out loss is
+    not finite or there is nothing to take it over.
     """
     import torch
 
@@ -172,31 +172,20 @@ def _chunks(items: Any, size: int) -> Iterator[list[Any]]:
 
 
 def _measure(
-    config: MixtureConfig,
-    run: RunFolder,
-    pools: Path,
-    manifests: dict[str, PoolManifest],
-    tokenizer: str,
-    backend: Backend,
+    config: MixtureConfig, folder: Path, pools: Path, tokenizer: str, backend: Backend
 ) -> dict[str, ReferenceLoss]:
     """The committed loss of every domain; those that are missing are measured."""
-    losses: dict[str, ReferenceLoss] = {}
+    manifests = _manifests(config, pools)
     inputs = {name: _inputs(config, {name: manifest}, tokenizer) for name, manifest in manifests.items()}
-    for name in manifests:
-        found = Reference.committed(_domain_file(run, name), inputs[name])
-        if found is not None:
-            losses[name] = found.domains[name]
+    paths = {name: folder / "domains" / f"{name}.json" for name in manifests}
+    committed = {name: Reference.committed(paths[name], inputs[name]) for name in manifests}
+    losses = {name: found.domains[name] for name, found in committed.items() if found is not None}
     jobs = [_job(config, pools, name, manifests[name]) for name in manifests if name not in losses]
     for job, loss in _trained(jobs, backend):
-        Reference(inputs=inputs[job.domain], tokenizer=tokenizer, domains={job.domain: loss}).publish(
-            _domain_file(run, job.domain)
-        )
+        found = Reference(inputs=inputs[job.domain], tokenizer=tokenizer, domains={job.domain: loss})
+        found.publish(paths[job.domain])
         losses[job.domain] = loss
     return {name: losses[name] for name in config.domains}
-
-
-def _domain_file(run: RunFolder, domain: str) -> Path:
-    return run.reference.parent / "domains" / f"{domain}.json"
 
 
 def _job(config: MixtureConfig, pools: Path, domain: str, manifest: PoolManifest) -> Job:
@@ -281,9 +270,14 @@ def _digest(config: MixtureConfig, model: LanguageModel) -> str:
     return tokenizer_digest(load_tokenizer(config.model_location(model), model.revision))
 
 
+def _manifests(config: MixtureConfig, pools: Path) -> dict[str, PoolManifest]:
+    remedy = "run `vtmix pool` first"
+    return {name: PoolManifest.read(pools / name / "pool.json", remedy) for name in config.domains}
+
+
 def _tokenizer_of(config: MixtureConfig, pools: Path) -> str:
     """The digest of the tokenizer that pools were encoded with."""
-    manifests = (PoolManifest.read(pools / name / "pool.json", "run `vtmix pool` first") for name in config.domains)
+    manifests = _manifests(config, pools).values()
     return " ".join(sorted({str((manifest.inputs or {}).get("tokenizer")) for manifest in manifests}))
 
 
@@ -292,18 +286,19 @@ def _committed(config: MixtureConfig, run: RunFolder) -> Reference | None:
     if not run.reference.exists():
         return None
     found = Reference.read(run.reference, "")
+    if found.inputs is None:
+        return found
     pools = run.pools if found.tokenizer == _tokenizer_of(config, run.pools) else run.reference.parent / "pool"
-    manifests = {name: PoolManifest.read(pools / name / "pool.json", "run `vtmix pool` first") for name in config.domains}
-    return Reference.committed(run.reference, _inputs(config, manifests, found.tokenizer))
+    return Reference.committed(run.reference, _inputs(config, _manifests(config, pools), found.tokenizer))
 
 
 def _inputs(config: MixtureConfig, manifests: dict[str, PoolManifest], tokenizer: str) -> Inputs:
     """What reference losses are made from."""
-    model = config.reference.model or config.model
+    settings = {"epochs", "samples", "batch_size", "lr", "precision"}
     return {
-        "model": model.model_dump(mode="json"),
+        "model": (config.reference.model or config.model).model_dump(mode="json"),
         "tokenizer": tokenizer,
-        "settings": config.reference.model_dump(mode="json", include={"epochs", "samples", "batch_size", "lr", "precision"}),
+        "settings": config.reference.model_dump(mode="json", include=settings),
         "seed": config.seed,
         "eval_samples": config.training.eval_samples,
         "pools": {name: manifest.fingerprint() for name, manifest in manifests.items()},

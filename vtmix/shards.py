@@ -4,11 +4,9 @@ Per shard and domain one contiguous window of the pool is memory-mapped; runs of
 written while they are in a core's cache. A shard depends on the plan and the pools alone, so any worker can write it.
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ import pyarrow as pa
 
 from vtmix import commit, mds
 from vtmix.artifacts import Plan
-from vtmix.errors import ConflictError, VtmixError
+from vtmix.errors import ConflictError, DamageError, MixtureError
 from vtmix.plan import arrangement, shard_bounds
 from vtmix.pool import Pool
 
@@ -70,9 +68,29 @@ class _Window:
         return itertools.chain.from_iterable(map(_slices, self._arrays, self._offsets))
 
 
+def _window(pool: Pool, position: int, count: int) -> _Window:
+    """Raises DamageError when the pool's parts do not hold what pool.json says."""
+    try:
+        window = _Window(pool.window(position, count))
+    except pa.ArrowException as error:
+        raise DamageError(f"{pool.folder}: a part is not readable as Arrow ({error}): build the pool again") from None
+    if len(window.lengths) != count:
+        raise DamageError(f"{pool.folder}: its parts hold fewer samples than pool.json says: build the pool again")
+    return window
+
+
 def _slices(array: Any, offsets: npt.NDArray[np.int64]) -> Iterator[memoryview]:
     data, edges = memoryview(array.buffers()[2]), offsets.tolist()
     return map(data.__getitem__, map(slice, edges, edges[1:]))
+
+
+def _recorded(record: Path, shard: Path) -> ShardReport | None:
+    """What the record of a complete shard says, None unless that shard stands beside it."""
+    try:
+        report = ShardReport(**json.loads(record.read_bytes()))
+        return report if shard.stat().st_size == report.bytes else None
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
 
 
 def _total(tables: Sequence[pa.Table], column: str) -> int:
@@ -87,8 +105,20 @@ class ShardWriter:
     """Writes the shards of one epoch, each on its own and in any order."""
 
     def __init__(self, plan: Plan, pools: Mapping[str, Pool], shard_bytes: int) -> None:
-        """Raises ConflictError when a pool is not the one the plan was made from."""
-        changed = [name for name in plan.domains if pools[name].manifest.fingerprint() != plan.domains[name].pool]
+        """Raises ConflictError when a pool is not the one the plan was made from, MixtureError for a plan, written by
+        hand, whose counts do not add up.
+        """
+        counted = sum(domain.count for domain in plan.domains.values())
+        if counted != plan.samples or plan.shards > plan.samples:
+            raise MixtureError(
+                f"the plan of epoch {plan.epoch} counts {counted:,} samples in its domains, {plan.samples:,} in all, "
+                f"in {plan.shards:,} shards: they have to agree, with at least one sample in every shard"
+            )
+        changed = [
+            name
+            for name, domain in plan.domains.items()
+            if name not in pools or pools[name].manifest.fingerprint() != domain.pool
+        ]
         if changed:
             raise ConflictError(
                 f"the pools of {', '.join(changed)} are not those that epoch {plan.epoch} was planned on"
@@ -105,43 +135,38 @@ class ShardWriter:
 
     def write(self, task: ShardTask, folder: Path) -> ShardReport:
         """Writes one shard into a folder, completely or not at all; a shard complete before is not written again."""
-        name = mds.shard_name(task.number)
-        record = folder / f"{name}.done"
-        with contextlib.suppress(FileNotFoundError):
-            return ShardReport(**json.loads(record.read_bytes()))
-        digest, size = hashlib.sha256(), 0
-        temporary = folder / f"{name}.tmp"
+        path = folder / mds.shard_name(task.number)
+        record = path.with_name(f"{path.name}.done")
+        if (done := _recorded(record, path)) is not None:
+            return done
         windows = self._windows(task)
-        try:
-            with temporary.open("wb") as file:
-                for data in self.content(task, windows):
-                    digest.update(data)
-                    size += file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise VtmixError(
-                f"{folder / name}: cannot write (about {self._shard_bytes:,} bytes needed): {error.strerror}: "
-                "the epoch was not published; free space and compile again"
-            ) from error
-        temporary.rename(folder / name)
+        samples = task.stop - task.start
+        expected = mds.header_bytes(samples, self._shard_bytes) + sum(int(window.lengths.sum()) for window in windows)
+        with commit.staged(path, expected) as file:
+            digest, size = hashlib.sha256(), 0
+            for data in self._content(task, windows):
+                digest.update(data)
+                size += file.write(data)
+            if size != expected:
+                raise DamageError(f"{path}: came out at {size:,} bytes instead of {expected:,}: a pool is damaged")
         report = ShardReport(
-            name=name,
-            samples=task.stop - task.start,
+            name=path.name,
+            samples=samples,
             bytes=size,
             sha256=digest.hexdigest(),
-            tokens={domain: window.tokens for domain, window in zip(self.plan.domains, windows, strict=True)},
+            tokens={name: window.tokens for name, window in zip(self.plan.domains, windows, strict=True)},
             response_tokens={
-                domain: window.response_tokens for domain, window in zip(self.plan.domains, windows, strict=True)
+                name: window.response_tokens for name, window in zip(self.plan.domains, windows, strict=True)
             },
         )
         commit.write_staged(record, json.dumps(asdict(report)).encode())
         return report
 
-    def content(self, task: ShardTask, windows: Sequence[_Window] | None = None) -> Iterator[Any]:
+    def content(self, task: ShardTask) -> Iterator[bytes]:
         """The bytes of a shard, in runs of about GATHER_BYTES."""
-        windows = windows or self._windows(task)
+        return self._content(task, self._windows(task))
+
+    def _content(self, task: ShardTask, windows: Sequence[_Window]) -> Iterator[bytes]:
         domains, _ = self._arrangement.stretch(task.start, task.stop)
         lengths = np.empty(len(domains), np.int64)
         for number, window in enumerate(windows):
@@ -173,4 +198,4 @@ class ShardWriter:
 
     def _windows(self, task: ShardTask) -> list[_Window]:
         # Opened per shard and dropped with it, so that memory mapped for one shard is given back before the next.
-        return [_Window(pool.window(position, count)) for pool, position, count in self._reads(task)]
+        return [_window(pool, position, count) for pool, position, count in self._reads(task)]

@@ -1,0 +1,130 @@
+"""The command line teaches, answers at once, and refuses in one line."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vtmix import config, loop
+from vtmix.artifacts import DetectionReport, DomainLoss, run_folder
+from vtmix.pooling import build
+from vtmix.status import rows
+
+VTMIX = Path(sys.executable).with_name("vtmix")
+COMMANDS = ("init", "pool", "detect", "reference", "weights", "plan", "compile", "verify", "run", "status")
+
+
+def vtmix(*arguments, cwd=None):
+    return subprocess.run([VTMIX, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False)
+
+
+@pytest.fixture
+def begun(project, tmp_path):
+    """A run with pools and a detection written by hand."""
+    path = project(weights={"algorithm": "constant"})
+    settings = config.load(path)
+    build(settings)
+    DetectionReport(distribution={"law": 0.5, "medicine": 0.3, "code": 0.2}).publish(run_folder(settings).detection)
+    return path
+
+
+def fastest(*arguments):
+    """Seconds the command takes when the machine lets it run: the best of three."""
+
+    def once():
+        start = time.perf_counter()
+        assert vtmix(*arguments).returncode == 0
+        return time.perf_counter() - start
+
+    return min(once() for _ in range(3))
+
+
+def test_help_answers_in_under_a_second():
+    assert fastest("--help") < 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command):
+    done = vtmix(command, "--help")
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) > 5
+
+
+def test_init_writes_a_configuration_that_is_understood_and_never_overwrites_one(tmp_path):
+    assert vtmix("init", cwd=tmp_path).returncode == 0
+    content = (tmp_path / "mixture.yaml").read_bytes()
+    config.load(tmp_path / "mixture.yaml")
+    again = vtmix("init", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "exists" in again.stderr
+    assert (tmp_path / "mixture.yaml").read_bytes() == content
+
+
+def test_a_users_mistake_is_one_line_and_no_traceback(tmp_path):
+    done = vtmix("status", "--config", tmp_path / "no.yaml")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_stage_that_comes_too_early_names_the_stage_before(project):
+    path = project(weights={"algorithm": "constant"})
+    assert "run `vtmix pool` first" in vtmix("plan", "--epoch", "1", "--config", path).stderr
+    done = vtmix("weights", "--epoch", "1", "--config", path)
+    assert done.returncode == 1
+    assert "run `vtmix detect` first" in done.stderr
+
+
+def test_the_stages_one_by_one_say_what_they_committed_and_then_that_they_are_up_to_date(begun):
+    folder = begun.parent / "run"
+    for command, artefact in (
+        ("weights", folder / "weights" / "epoch-0001.json"),
+        ("plan", folder / "plan" / "epoch-0001.json"),
+        ("compile", folder / "mixture" / "epoch-0001"),
+    ):
+        first = vtmix(command, "--epoch", "1", "--config", begun)
+        assert (first.returncode, "committed: " in first.stdout, str(artefact) in first.stdout) == (0, True, True)
+        before = artefact.stat()
+        again = vtmix(command, "--epoch", "1", "--config", begun)
+        assert (again.returncode, "up to date: " in again.stdout) == (0, True)
+        assert (artefact.stat().st_ino, artefact.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert vtmix("verify", "--epoch", "1", "--config", begun).stdout.startswith("intact: ")
+
+
+def test_verify_names_the_damage_and_exits_with_1(begun):
+    assert vtmix("weights", "--epoch", "1", "--config", begun).returncode == 0
+    assert vtmix("compile", "--epoch", "1", "--config", begun).returncode == 0
+    shard = begun.parent / "run" / "mixture" / "epoch-0001" / "shard.00000.mds"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    done = vtmix("verify", "--epoch", "1", "--config", begun)
+    assert done.returncode == 1
+    assert "(number 47 of the shard) changed" in done.stdout
+
+
+def test_status_shows_every_epoch_that_has_begun(begun):
+    settings = config.load(begun)
+    losses = {name: DomainLoss(nats=200.0, tokens=100, bytes=400, samples=9) for name in settings.domains}
+    loop.begin(settings, losses)
+    loop.advance(settings, 1, {**losses, "law": DomainLoss(nats=240.0, tokens=100, bytes=400, samples=9)})
+    found = list(rows(run_folder(settings), list(settings.domains), settings.epochs))
+    assert [(row.epoch, row.domain) for row in found if row.domain == "law"] == [(0, "law"), (1, "law"), (2, "law")]
+    after = found[3]
+    assert (after.weight, after.count, after.loss) == (0.5, 24, pytest.approx(2.4))
+    assert after.forgetting == pytest.approx(0.2)
+    shown = vtmix("status", "--config", begun)
+    assert shown.returncode == 0
+    assert "2.4000" in shown.stdout
+
+
+def test_a_config_option_reaches_every_command(project, tmp_path):
+    path = project()
+    raw = yaml.safe_load(path.read_text())
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump({**raw, "epochz": 1}))
+    for command in ("pool", "detect", "reference", "run", "status"):
+        assert "did you mean 'epochs'?" in vtmix(command, "--config", other).stderr

@@ -1,0 +1,205 @@
+"""The mastery ceiling: each domain alone, in pool order, on the trainer's held-out samples; the lowest loss counts.
+
+The trained losses are held against a training loop written out here with transformers' own loss.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import WORDS
+
+from vtmix import pool, reference
+from vtmix.artifacts import Reference
+from vtmix.config import load
+from vtmix.errors import ConflictError, LossError, MissingError
+
+REFERENCE = {"epochs": 2, "samples": 30, "batch_size": 8, "lr": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, tiny_model):
+    """A project whose pools are built and whose reference losses are measured; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("reference")
+    config = load(write(folder, tiny_model))
+    pool.build(config, workers=1)
+    reference.build(config)
+    return folder
+
+
+def write(folder: Path, tiny_model: Path, **overrides) -> Path:
+    from conftest import project
+
+    function = getattr(project, "__wrapped__", None) or project.__pytest_wrapped__.obj
+    settings = {"reference": REFERENCE, "training": {"eval_samples": 7}, "model": str(tiny_model), **overrides}
+    return function(folder, tiny_model)(folder, **settings)
+
+
+@pytest.fixture
+def project_copy(built, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(built, folder)
+    return folder
+
+
+def without(folder: Path, *domains: str) -> None:
+    """Takes the final file and some domains' away, as if the measurement had been interrupted."""
+    (folder / "run/reference/reference.json").unlink()
+    for domain in domains:
+        (folder / f"run/reference/domains/{domain}.json").unlink()
+
+
+def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_every_domain_has_its_lowest_held_out_loss_and_the_curve_it_is_from(built):
+    found = Reference.read(built / "run/reference/reference.json", "")
+    assert list(found.domains) == list(WORDS)
+    for loss in found.domains.values():
+        assert len(loss.curve) == 1 + REFERENCE["epochs"]
+        assert loss.per_token == min(loss.curve) == loss.curve[loss.epoch]
+        assert loss.epoch == 2  # words seen only here are learnt quickly
+        assert loss.samples == 7
+        assert loss.standard_error > 0
+
+
+def test_the_curve_is_that_of_fine_tuning_on_the_domain_alone_in_pool_order(built):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load(built / "mixture.yaml")
+    model = AutoModelForCausalLM.from_pretrained(config.model.name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=REFERENCE["lr"], weight_decay=0.0)
+    law = pool.open_pool(built / "run/pool/law")
+    assert law.manifest.samples < 2 * REFERENCE["samples"]  # the second epoch wraps around
+    order = list(law.samples(0, 2 * REFERENCE["samples"]))
+    held_out = pool.mds.Samples(built / "run/pool/law/eval")[:7]
+    curve = [mean_loss(model, held_out)]
+    for epoch in range(2):
+        mine = order[epoch * REFERENCE["samples"] : (epoch + 1) * REFERENCE["samples"]]
+        model.train()
+        for start in range(0, len(mine), REFERENCE["batch_size"]):
+            nats, tokens = total(model, mine[start : start + REFERENCE["batch_size"]])
+            (nats / tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        curve.append(mean_loss(model, held_out))
+    found = Reference.read(built / "run/reference/reference.json", "").domains["law"].curve
+    assert list(found) == pytest.approx(curve, rel=1e-4)
+
+
+def total(model, samples):
+    import torch
+
+    nats, tokens = 0.0, 0
+    for row in samples:
+        ids, labels = (torch.tensor(row[name].astype("int64"))[None] for name in ("input_ids", "labels"))
+        count = int((labels[:, 1:] != -100).sum())
+        nats, tokens = nats + model(input_ids=ids, labels=labels).loss * count, tokens + count
+    return nats, tokens
+
+
+def mean_loss(model, samples) -> float:
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        nats, tokens = total(model, samples)
+    return float(nats) / tokens
+
+
+def test_a_rerun_changes_nothing_and_loads_no_model(project_copy, monkeypatch):
+    before = tree(project_copy)
+    monkeypatch.setattr(reference, "train_domain", None)
+    monkeypatch.setattr(reference, "load_tokenizer", None)
+    found = reference.build(load(project_copy / "mixture.yaml"))
+    assert list(found.domains) == list(WORDS)
+    assert {name: value for name, value in tree(project_copy).items() if not name.endswith(".lock")} == {
+        name: value for name, value in before.items() if not name.endswith(".lock")
+    }
+
+
+def test_an_interrupted_measurement_does_the_missing_domains_only_and_ends_the_same(built, project_copy, monkeypatch):
+    without(project_copy, "medicine")
+    trained = []
+    actual = reference.train_domain
+    monkeypatch.setattr(reference, "train_domain", lambda job, *rest: trained.append(job.domain) or actual(job, *rest))
+    reference.build(load(project_copy / "mixture.yaml"))
+    assert trained == ["medicine"]
+    for name in ("reference.json", "domains/medicine.json"):
+        assert (project_copy / "run/reference" / name).read_bytes() == (built / "run/reference" / name).read_bytes()
+
+
+def test_losses_of_other_settings_are_refused_naming_them(project_copy, tiny_model):
+    config = load(write(project_copy, tiny_model, reference={**REFERENCE, "lr": 1e-3}))
+    before = tree(project_copy / "run")
+    with pytest.raises(ConflictError, match=r"settings\.lr was 0\.003, is now 0\.001"):
+        reference.build(config)
+    assert tree(project_copy / "run") == before
+
+
+def test_a_reference_written_by_hand_is_taken_as_it_is(project_copy):
+    path = project_copy / "run/reference/reference.json"
+    content = json.loads(path.read_text()) | {"inputs": None}
+    path.write_text(json.dumps(content))
+    assert reference.build(load(project_copy / "mixture.yaml")).inputs is None
+
+
+def test_a_loss_that_is_not_finite_is_refused_naming_domain_and_epoch(project_copy, tiny_model):
+    shutil.rmtree(project_copy / "run/reference")
+    config = load(write(project_copy, tiny_model, reference={**REFERENCE, "lr": 1e30}))
+    with pytest.raises(LossError, match="of the reference model of 'law' after epoch 1 is nan"):
+        reference.build(config)
+    assert not list((project_copy / "run/reference").glob("**/*.json"))
+
+
+def test_pools_come_first(tmp_path, tiny_model):
+    with pytest.raises(MissingError, match="run `vtmix pool` first"):
+        reference.build(load(write(tmp_path, tiny_model)))
+
+
+def byte_model(folder: Path) -> Path:
+    """A model whose tokenizer knows bytes alone: many more tokens for the same text."""
+    import torch
+    from conftest import CHAT_TEMPLATE
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    wrapped.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.save_pretrained(folder)
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(wrapped), max_position_embeddings=512, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def test_a_reference_model_with_another_tokenizer_has_pools_of_its_own_and_bytes_to_compare_by(
+    built, project_copy, tiny_model, tmp_path
+):
+    shutil.rmtree(project_copy / "run/reference")
+    settings = {**REFERENCE, "epochs": 1, "samples": 8, "model": str(byte_model(tmp_path / "bytes"))}
+    config = load(write(project_copy, tiny_model, reference=settings, encoding={"max_length": 256}))
+    shutil.rmtree(project_copy / "run/pool")
+    own = pool.build(config, workers=1)
+    found = reference.build(config)
+    manifest = pool.open_pool(project_copy / "run/reference/pool/law").manifest
+    assert found.tokenizer == manifest.inputs["tokenizer"] != own["law"].inputs["tokenizer"]
+    same_text = Reference.read(built / "run/reference/reference.json", "")
+    for domain, loss in found.domains.items():
+        assert loss.tokens > 2 * same_text.domains[domain].tokens
+        assert loss.bytes == same_text.domains[domain].bytes
+        assert math.isfinite(loss.per_byte)
+    before = tree(project_copy / "run/reference")
+    assert reference.build(config) == found
+    assert tree(project_copy / "run/reference") == before
