@@ -1,4 +1,5 @@
-# Everything runs in .venv, which the first target that needs it builds from requirements/lock.txt.
+# Everything runs in .venv, which the first target that needs it builds from requirements/lock.txt. Bytecode is compiled
+# once, here: where Python is told not to write it, every process would compile PyTorch, Ray and Composer again.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +21,7 @@ $(VENV)/.installed: requirements/lock.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit("vtmix needs Python 3.11 or 3.12, found %d.%d: name one with make PYTHON=python3.11" % v)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements/lock.txt
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --compile-bytecode -r requirements/lock.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""What the tests share: a tiny model with its own tokenizer, small texts of three domains, and a mixture.yaml of them."""
+"""What the tests share: a tiny model with its own tokenizer, small texts of three domains, a mixture.yaml of them."""
 
 import json
 import os
@@ -19,15 +19,15 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 WORDS = {
-    "law": ["court", "statute", "plaintiff", "appeal", "contract", "liability", "judge", "clause", "tort", "evidence", "verdict", "counsel"],
-    "medicine": ["patient", "dose", "symptom", "therapy", "clinical", "artery", "infection", "diagnosis", "tissue", "vaccine", "nurse", "chronic"],
-    "code": ["def", "return", "class", "import", "lambda", "yield", "list", "dict", "tuple", "assert", "raise", "async"],
+    "law": "court statute plaintiff appeal contract liability judge clause tort evidence verdict counsel",
+    "medicine": "patient dose symptom therapy clinical artery infection diagnosis tissue vaccine nurse chronic",
+    "code": "def return class import lambda yield list dict tuple assert raise async",
 }
 
 
 def sentence(domain: str, index: int, length: int = 8) -> str:
     """A text of the domain's words, different for every index."""
-    words = WORDS[domain]
+    words = WORDS[domain].split()
     state = index * 2654435761 + 1
     chosen = []
     for _ in range(length):

@@ -68,6 +68,13 @@ def test_microbatches_hold_every_row_once_alike_in_length_and_cut_to_the_longest
     assert found[1]["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
 
 
+def test_microbatches_in_order_keep_their_last_row_last():
+    rows = [sample([9] * length, name=str(length)) for length in (5, 2, 4)]
+    found = batches.split_in_order(batches.collate(rows, PAD), 2)
+    assert [part["sample_id"] for part in found] == [["5", "2"], ["4"]]
+    assert [tuple(part["labels"].shape) for part in found] == [(2, 5), (1, 5)]
+
+
 def fixed_logits_model(logits):
     """Gives the same (length, vocabulary) logits to every row, and has no head to hook."""
 
@@ -160,9 +167,7 @@ def test_response_bytes_are_those_of_the_text_without_special_tokens(tokenizer):
 def test_standard_error_is_that_of_a_ratio_estimator():
     # Two samples: 2 nats over 1 token, 4 nats over 3 tokens. r = 6/4; residuals 0.5 and -0.5;
     # n/(n-1)·Σ = 2·0.5 = 1; standard error = 1/4.
-    sums = batches.LossSums(
-        nats=6, tokens=4, bytes=9, samples=2, nats_squared=20, tokens_squared=10, nats_by_tokens=14
-    )
+    sums = batches.LossSums(nats=6, tokens=4, bytes=9, samples=2, nats_squared=20, tokens_squared=10, nats_by_tokens=14)
     loss = sums.loss()
     assert loss.per_token == 1.5
     assert loss.standard_error == pytest.approx(0.25)

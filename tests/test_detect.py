@@ -19,13 +19,13 @@ import yaml
 from conftest import WORDS, records, write_jsonl
 from test_generate import altered, silent
 
-from vtmix import cluster, commit, detect, pool
+from vtmix import cluster, commit, detect, pool, pooling
 from vtmix.artifacts import DetectionReport, run_folder
 from vtmix.config import MixtureConfig, load
 from vtmix.encode import load_tokenizer
 from vtmix.errors import ConflictError, DamageError, DetectionError, LockedError, MissingError
-from vtmix.generate import Sample, sampling
-from vtmix.samples import Block, Parts, schema_of
+from vtmix.generate import sampling
+from vtmix.samples import Block, Parts, Sample, schema_of
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"iterations": 2, "samples": 204, "block": 8, "max_tokens": 16, "precision": "fp32"}
@@ -47,7 +47,7 @@ class World:
             "pool": {"folder": "pool", "eval_fraction": 0.2},
             "detection": SIZES,
         }
-        pool.build(load(self.write("pools")), workers=1)
+        pooling.build(load(self.write("pools")), workers=1)
 
     def write(self, run: str, model: Path | None = None, **detection) -> Path:
         """Writes <run>.yaml for a run folder of that name; returns its path."""
@@ -120,7 +120,7 @@ def title(pid: int) -> str:
         return ""
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 120, pause: float = 0.005) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 240, pause: float = 0.005) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -238,47 +238,60 @@ def test_execution_settings_are_no_inputs(golden, world):
 # --- whatever dies ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_killed_driver_and_killed_workers_change_nothing(golden, world, ray_cluster):
-    path = world.write("killed", generate={"actors": 2})
+@pytest.fixture(scope="session")
+def orphan(world) -> Path:
+    """The mixture.yaml of a run whose driver was killed when a few parts stood."""
     folder = world.detected("killed")
-    kill_driver(path, folder)
-    survivors = stamps_of(folder)
-    (folder / "iteration-01" / ".part-00001.parquet.x1y2").write_bytes(b"torn")
-    killer = threading.Thread(target=kill_workers, args=(folder, parts_in(folder)))
-    killer.start()
-    detect.detect(load(path))
-    killer.join()
-    assert content_of(folder) == content_of(golden)
-    parquet = {name: stamp for name, stamp in survivors.items() if name.endswith(".parquet")}
-    assert len(parquet) >= 2
-    assert parquet.items() <= stamps_of(folder).items()
-    assert not list(folder.rglob(".part-*"))
-
-
-def kill_driver(path: Path, folder: Path) -> None:
-    """Runs the job in a process of its own, and kills it when a few parts stand."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [sys.executable, ROOT / "jobs" / "detect.py", "--config", path]
+    command = [sys.executable, ROOT / "jobs" / "detect.py", "--config", world.write("killed")]
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as driver:
-        wait_until(lambda: parts_in(folder) >= 2)
-        started = list(descendants(driver.pid))
-        driver.kill()
-    assert parts_in(folder) < BLOCKS
-    wait_until(lambda: not any(title(pid).startswith("ray::MapWorker") for pid in started), seconds=30)
+        try:
+            wait_until(lambda: parts_in(folder) >= 2)
+        finally:
+            started = list(descendants(driver.pid))
+            driver.kill()
+    wait_until(lambda: not any(title(pid).startswith("ray::MapWorker") for pid in started), seconds=60)
     for pid in started:  # Ray's two agents take a minute to notice
         if title(pid).startswith("ray::"):
             os.kill(pid, signal.SIGKILL)
+    return world.write("killed", generate={"actors": 2})
 
 
-def kill_workers(folder: Path, parts: int) -> None:
-    """Kills the workers of both stages once parts are coming."""
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_driver_and_killed_workers_change_nothing(golden, world, orphan, ray_cluster):
+    folder = world.detected("killed")
+    survivors = stamps_of(folder / "iteration-01")
+    assert 2 <= len(survivors) == parts_in(folder) < BLOCKS
+    (folder / "iteration-01" / ".part-00001.parquet.x1y2").write_bytes(b"torn")
+    killed: list[int] = []
+    killer = threading.Thread(target=lambda: killed.extend(kill_workers(folder, parts_in(folder))))
+    killer.start()
+    detect.detect(load(orphan))
+    killer.join()
+    assert len(killed) == 2
+    assert content_of(folder) == content_of(golden)
+    assert survivors.items() <= stamps_of(folder / "iteration-01").items()
+    assert not list(folder.rglob(".part-*"))
+
+
+def kill_workers(folder: Path, parts: int) -> list[int]:
+    """Kills one worker of each stage once parts are coming; returns those killed while parts were missing."""
     wait_until(lambda: parts_in(folder) > parts)
-    workers = [pid for pid in descendants(os.getpid()) if title(pid).startswith("ray::MapWorker")]
-    for pid in workers:
+    workers = {title(pid): pid for pid in descendants(os.getpid()) if title(pid).startswith("ray::MapWorker")}
+    for pid in workers.values():
         os.kill(pid, signal.SIGKILL)
-    assert len(workers) == 3
-    assert parts_in(folder) < BLOCKS
+    return list(workers.values()) if parts_in(folder) < BLOCKS else []
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_loaded_is_one_line(world, tiny_model, tmp_path, ray_cluster):
+    hollow = shutil.copytree(tiny_model, tmp_path / "hollow", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(DetectionError) as error:
+        detect.detect(world.config("hollow", model=hollow))
+    assert "\n" not in str(error.value)
+    assert f"sampling stopped: ConfigError: model: cannot load '{hollow}': Error no file named" in str(error.value)
+    assert "what is committed is kept, a rerun goes on from there" in str(error.value)
 
 
 # --- what is not this detection's ------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import pytest
 from vtmix.config import load
 from vtmix.encode import load_tokenizer
 from vtmix.errors import ConfigError
-from vtmix.generate import TransformersGenerator, sample_seed, sampling, start_of, uniforms
+from vtmix.generate import TransformersGenerator, sampling, start_of, uniforms
+from vtmix.samples import sample_seed
 
 
 @pytest.fixture

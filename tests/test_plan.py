@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -173,7 +174,7 @@ def test_two_epochs_differ_and_carry_on():
 @pytest.mark.parametrize(
     ("shares", "pools", "options", "sentence"),
     [
-        ({"law": 0.5, "code": 0.5}, {"law": pool(9), "code": pool(0, "code")}, {}, "'code' has weight 0.5 but its pool"),
+        ({"law": 0.5, "code": 0.5}, {"law": pool(9), "code": pool(0, "code")}, {}, "'code' has weight 0.5 but"),
         ({"law": 1.0}, {"law": pool(9)}, {"max_passes": 10}, r"'law' needs 1,000 samples, 111.11 passes over its pool"),
         ({"law": 1.0}, {"law": pool(9), "code": pool(9, "code")}, {}, "'code' has a pool but no weight"),
         ({"law": 0.5, "art": 0.5}, {"law": pool(9)}, {}, "'art' has a weight but no pool"),
@@ -205,7 +206,7 @@ def test_shards_tile_the_epoch_in_equal_parts(samples, power):
     bounds = shard_bounds(found)
     assert bounds[0][0] == 0
     assert bounds[-1][1] == samples
-    assert all(stop == start for (_, stop), (start, _) in zip(bounds, bounds[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in pairwise(bounds))
     sizes = {stop - start for start, stop in bounds}
     assert max(sizes) - min(sizes) <= 1
     assert min(sizes) >= 1

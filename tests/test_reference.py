@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import WORDS
+from test_detect import ray_cluster  # noqa: F401
 
-from vtmix import pool, reference
+from vtmix import mds, pool, pooling, reference
 from vtmix.artifacts import Reference
 from vtmix.config import load
 from vtmix.errors import ConflictError, LossError, MissingError
@@ -24,7 +25,7 @@ def built(tmp_path_factory, tiny_model):
     """A project whose pools are built and whose reference losses are measured; copy it before changing it."""
     folder = tmp_path_factory.mktemp("reference")
     config = load(write(folder, tiny_model))
-    pool.build(config, workers=1)
+    pooling.build(config, workers=1)
     reference.build(config)
     return folder
 
@@ -77,7 +78,7 @@ def test_the_curve_is_that_of_fine_tuning_on_the_domain_alone_in_pool_order(buil
     law = pool.open_pool(built / "run/pool/law")
     assert law.manifest.samples < 2 * REFERENCE["samples"]  # the second epoch wraps around
     order = list(law.samples(0, 2 * REFERENCE["samples"]))
-    held_out = pool.mds.Samples(built / "run/pool/law/eval")[:7]
+    held_out = mds.Samples(built / "run/pool/law/eval")[:7]
     curve = [mean_loss(model, held_out)]
     for epoch in range(2):
         mine = order[epoch * REFERENCE["samples"] : (epoch + 1) * REFERENCE["samples"]]
@@ -132,6 +133,26 @@ def test_an_interrupted_measurement_does_the_missing_domains_only_and_ends_the_s
     assert trained == ["medicine"]
     for name in ("reference.json", "domains/medicine.json"):
         assert (project_copy / "run/reference" / name).read_bytes() == (built / "run/reference" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_on_ray_losses_are_the_same_and_a_refusal_in_a_task_is_one_here(
+    built,
+    project_copy,
+    tiny_model,
+    ray_cluster,  # noqa: F811
+):
+    shutil.rmtree(project_copy / "run/reference")
+    found = reference.build(load(project_copy / "mixture.yaml"), backend="ray").domains
+    expected = Reference.read(built / "run/reference/reference.json", "").domains
+    assert {name: loss.curve for name, loss in found.items()} == {
+        name: pytest.approx(loss.curve, rel=1e-5) for name, loss in expected.items()
+    }
+    shutil.rmtree(project_copy / "run/reference")
+    config = load(write(project_copy, tiny_model, reference={**REFERENCE, "lr": 1e30}))
+    with pytest.raises(LossError, match="after epoch 1 is nan") as caught:
+        reference.build(config, backend="ray")
+    assert "Traceback" not in str(caught.value)
 
 
 def test_losses_of_other_settings_are_refused_naming_them(project_copy, tiny_model):
@@ -191,7 +212,7 @@ def test_a_reference_model_with_another_tokenizer_has_pools_of_its_own_and_bytes
     settings = {**REFERENCE, "epochs": 1, "samples": 8, "model": str(byte_model(tmp_path / "bytes"))}
     config = load(write(project_copy, tiny_model, reference=settings, encoding={"max_length": 256}))
     shutil.rmtree(project_copy / "run/pool")
-    own = pool.build(config, workers=1)
+    own = pooling.build(config, workers=1)
     found = reference.build(config)
     manifest = pool.open_pool(project_copy / "run/reference/pool/law").manifest
     assert found.tokenizer == manifest.inputs["tokenizer"] != own["law"].inputs["tokenizer"]

@@ -1,6 +1,7 @@
 """How weights move, against numbers worked out by hand and against what the method promises for any numbers."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -146,7 +147,7 @@ def test_a_larger_potential_never_lowers_a_weight_relative_to_another(case, sigm
     weights, signals = case
     found = update(weights, signals, sigma, 0.0)
     names = sorted(weights, key=lambda name: signals[name].potential)
-    for low, high in zip(names, names[1:], strict=False):
+    for low, high in pairwise(names):
         assert found[high] * weights[low] >= found[low] * weights[high] - 1e-12
 
 

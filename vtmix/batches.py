@@ -62,8 +62,19 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
 def split(batch: Batch, size: int | float) -> list[Batch]:
     """Microbatches of `size` rows alike in length, each cut to its longest row, shortest first."""
     lengths = batch["attention_mask"].sum(1)
-    order = lengths.argsort(stable=True)
-    return [_rows(batch, rows, int(lengths[rows].max())) for rows in order.split(int(size))]
+    return [_rows(batch, rows, int(lengths[rows].max())) for rows in _cut(lengths.argsort(stable=True), size)]
+
+
+def split_in_order(batch: Batch, size: int | float) -> list[Batch]:
+    """Microbatches of `size` rows in the batch's order."""
+    import torch
+
+    length = batch["labels"].shape[1]
+    return [_rows(batch, rows, length) for rows in _cut(torch.arange(len(batch["labels"])), size)]
+
+
+def _cut(rows: "torch.Tensor", size: int | float) -> list["torch.Tensor"]:
+    return [rows[start : start + int(size)] for start in range(0, len(rows), int(size))]
 
 
 def _rows(batch: Batch, rows: "torch.Tensor", length: int) -> Batch:

@@ -70,7 +70,7 @@ def pool(config: Config = None, run: Run = None, workers: Workers = None) -> Non
 
 
 def _pool(settings: "MixtureConfig", workers: int | None = None) -> dict[str, "PoolManifest"]:
-    from vtmix.pool import build
+    from vtmix.pooling import build
 
     return build(settings, workers=workers)
 
@@ -173,17 +173,16 @@ def compile_(
 @app.command()
 def verify(epoch: Epoch, config: Config = None, run: Run = None) -> None:
     """Hold every byte of a mixture against its manifest; names damaged files and samples."""
-    from vtmix.artifacts import Plan
     from vtmix.compile import open_pools
     from vtmix.errors import DamageError
     from vtmix.verify import verify as find_damage
 
     settings, folder = load(config, run)
     try:
-        known = Plan.read(folder.plan(epoch), ""), open_pools(settings)
+        pools = open_pools(settings)
     except (MissingError, DamageError):
-        known = None, None
-    found = find_damage(folder.mixture(epoch), *known)
+        pools = None  # damaged files are still named, their samples are not
+    found = find_damage(folder.mixture(epoch), None, pools)
     for line in found:
         say(line)
     if found:

@@ -23,6 +23,7 @@ from vtmix.errors import ConfigError
 
 PREFIX = "vtmix-ray-"
 UPLOADED = ("runtime_resources", "working_dir_files")
+LONGEST_BASE = 16  # a unix socket's path holds 107 bytes, of which Ray and the folders here take 91
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "auto", "local")
 
 # Ray reads a process's token once and keeps it, so every cluster this process starts has to have the same one.
@@ -98,7 +99,8 @@ def _joined(address: str) -> Iterator[None]:
             "such a cluster runs code on it: start it and its jobs with RAY_AUTH_MODE=token"
         )
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with _quiet():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
@@ -115,30 +117,36 @@ def _joined(address: str) -> Iterator[None]:
 def _started(cpus: float) -> Iterator[None]:
     import ray
 
-    with (
-        _private_folder() as (files, token),
-        _environment(
-            RAY_AUTH_MODE="token",
-            RAY_AUTH_TOKEN_PATH=str(token),
-            RAY_AUTH_TOKEN=None,
-            RAY_USAGE_STATS_ENABLED="0",
-            RAY_BACKEND_LOG_LEVEL="fatal",
-        ),
-    ):
-        # Ray reads its environment when it is imported, which may have been before it was set.
-        ray._raylet.Config.initialize("")
+    with _private_folder() as (files, token), _environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token)):
         try:
-            ray.init(
-                address="local",
-                num_cpus=max(cores(), math.ceil(cpus)),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=str(files),
-            )
+            with _quiet(), _environment(RAY_AUTH_TOKEN=None, RAY_USAGE_STATS_ENABLED="0"):
+                # Ray reads its environment when it is imported, which may have been before it was set.
+                ray._raylet.Config.initialize("")
+                ray.init(
+                    address="local",
+                    num_cpus=max(cores(), math.ceil(cpus)),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=str(files),
+                )
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Ray's core from writing to the terminal, of which the first thing would be that it will not."""
+    with _environment(RAY_BACKEND_LOG_LEVEL="fatal"), Path(os.devnull).open("w") as nowhere:
+        sys.stderr.flush()
+        before = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
 
 
 @contextmanager
@@ -148,7 +156,7 @@ def _private_folder() -> Iterator[tuple[Path, Path]]:
     The token file is locked while its cluster lives; folders whose owner was killed are found by that, and removed.
     """
     base = tempfile.gettempdir()
-    base = base if len(base) <= 24 else "/tmp"  # noqa: S108  (a unix socket's path holds 107 bytes, Ray takes 70)
+    base = base if len(base) <= LONGEST_BASE else "/tmp"  # noqa: S108
     _sweep(Path(base))
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
     try:

@@ -10,7 +10,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,7 +37,8 @@ def lock(folder: Path, name: str) -> Iterator[None]:
         try:
             yield
         finally:
-            os.ftruncate(descriptor, 0)
+            with suppress(OSError):  # what remains is only a name: the lock itself goes with the descriptor
+                os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)
 
@@ -54,9 +55,7 @@ def _acquire(descriptor: int, folder: Path, name: str) -> None:
             time.sleep(LOCK_PAUSE)
         else:
             return
-    raise LockedError(
-        f"{folder}: process {holder or 'unknown'} holds the {name} lock: wait for it to end, or end it"
-    )
+    raise LockedError(f"{folder}: process {holder or 'unknown'} holds the {name} lock: wait for it to end, or end it")
 
 
 def make_folder(folder: Path) -> None:
@@ -110,14 +109,17 @@ def staging_folder(final: Path, fingerprint: str) -> Path:
     return staging
 
 
-def write_staged(path: Path, data: bytes) -> None:
-    """Writes a file of a staging folder so that it exists completely or not at all."""
-    with staged(path, len(data)) as file:
+def write_staged(path: Path, data: bytes, *, flush: bool = True) -> None:
+    """Writes a file of a staging folder so that it exists completely or not at all.
+
+    Without `flush` that holds when the process dies, but not when the machine does.
+    """
+    with staged(path, len(data), flush=flush) as file:
         file.write(data)
 
 
 @contextmanager
-def staged(path: Path, size: int) -> Iterator[BinaryIO]:
+def staged(path: Path, size: int, *, flush: bool = True) -> Iterator[BinaryIO]:
     """A file of a staging folder to write `size` bytes to: it exists completely, or after an error not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with _errors_named(f"{path}: cannot write {size:,} bytes"):
@@ -125,7 +127,8 @@ def staged(path: Path, size: int) -> Iterator[BinaryIO]:
             with temporary.open("wb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if flush:
+                    os.fsync(file.fileno())
             temporary.rename(path)
         except BaseException:
             temporary.unlink(missing_ok=True)

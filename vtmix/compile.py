@@ -47,8 +47,7 @@ def planned(config: MixtureConfig, epoch: int, pools: Mapping[str, Pool]) -> Pla
     step = f"train epoch {epoch - 1}" if epoch > 1 else f"run `vtmix weights --epoch {epoch}`"
     remedy = f"{step} first, or write the file by hand"
     weights = Weights.read(run.weights(epoch), remedy)
-    if weights.epoch != epoch:
-        raise MixtureError(f"{run.weights(epoch)}: says it is for epoch {weights.epoch}, expected {epoch}: correct it")
+    _require_epoch(run.weights(epoch), weights.epoch, epoch)
     previous = Plan.read(run.plan(epoch - 1), f"compile epoch {epoch - 1} first") if epoch > 1 else None
     plan = make_plan(
         weights,
@@ -59,7 +58,15 @@ def planned(config: MixtureConfig, epoch: int, pools: Mapping[str, Pool]) -> Pla
         max_passes=config.mixture.max_passes,
         previous=previous,
     )
-    return Plan.committed(run.plan(epoch), plan.inputs or {}) or plan
+    committed = Plan.committed(run.plan(epoch), plan.inputs or {})
+    if committed is not None:
+        _require_epoch(run.plan(epoch), committed.epoch, epoch)
+    return committed or plan
+
+
+def _require_epoch(path: Path, found: int, expected: int) -> None:
+    if found != expected:
+        raise MixtureError(f"{path}: says it is for epoch {found}, expected {expected}: correct it")
 
 
 def mixture_inputs(plan: Plan, shard_bytes: int) -> Inputs:
@@ -121,7 +128,7 @@ def _write_shards(writer: ShardWriter, staging: Path, workers: int | None) -> li
         ):
             reports.append(report)
             advance(1)
-    return sorted(reports, key=lambda report: report.name)
+    return sorted(reports, key=lambda report: mds.shard_number(report.name))
 
 
 def _write_index(staging: Path, shards: Sequence[ShardReport], shard_bytes: int) -> None:
@@ -181,10 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Compiles an epoch's mixture from its weights: plan/epoch-000N.json and mixture/epoch-000N/.",
         epilog="A compile that was interrupted resumes; one that is up to date writes nothing.",
     )
-    parser.add_argument("--epoch", type=int, required=True, help="the epoch to compile, from 1")
+    parser.add_argument("--epoch", type=_positive, required=True, help="the epoch to compile, from 1")
     parser.add_argument("--config", help="the configuration (default: ./mixture.yaml)")
     parser.add_argument("--run", help="the run folder, instead of the one the configuration names")
-    parser.add_argument("--workers", type=int, help="threads that write shards (default: one per core)")
+    parser.add_argument("--workers", type=_positive, help="threads that write shards (default: one per core)")
     parser.add_argument("--dry-run", action="store_true", help="print counts and fingerprint, write nothing")
     options = parser.parse_args(arguments)
     try:
@@ -197,7 +204,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VtmixError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: run again to go on from the shards that are complete", file=sys.stderr)
+        return 130
     return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {number}")
+    return number
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ a rerun does the missing blocks only and ends with the same bytes. The estimate 
 """
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -18,16 +19,16 @@ from vtmix.artifacts import ClassifierReport, DetectionReport, Inputs, PoolManif
 from vtmix.config import MixtureConfig
 from vtmix.distribute import cores
 from vtmix.encode import load_tokenizer, tokenizer_digest
-from vtmix.errors import DetectionError, VtmixError
-from vtmix.samples import Block, Parts, blocks_of
+from vtmix.errors import DetectionError
+from vtmix.samples import Block, Parts, Sample, blocks_of
 
 
 def detect(config: MixtureConfig) -> DetectionReport:
     """The knowledge distribution of config.model over config.domains, committed as detection/detection.json.
 
     Raises MissingError without pools, ConflictError when samples or a detection of other inputs stand in the run
-    folder, DamageError when committed samples are, DetectionError when too much text is unclassified. Whatever is
-    raised, committed parts are kept.
+    folder, DamageError when committed parts do not hold their samples, DetectionError when too much of them is
+    unclassified or the model cannot be run. Whatever is raised, committed parts are kept.
     """
     run = run_folder(config)
     cluster.require_durable(run)
@@ -149,7 +150,7 @@ def _pipeline(
     import ray.data
 
     generating, classifying = config.detection.generate, config.detection.classify
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would say is raised as well
     rows = ray.data.from_items([{"block": list(block)} for block in missing], override_num_blocks=len(missing))
     rows.context.enable_progress_bars = False
     files = rows.map(
@@ -173,15 +174,21 @@ def _pipeline(
 
 
 class _Generate:
-    """The generating stage: a block → its samples. An actor, which loads the model once."""
+    """The generating stage, an actor: a block → its samples."""
 
     def __init__(self, parts: Parts, sampling: generate.Sampling, actors: int) -> None:
+        self._parts = parts
+        self._sampling = sampling
+        self._actors = actors
+
+    # Not in __init__: an actor that cannot be made is reported by Ray with every frame of its own code.
+    @functools.cached_property
+    def _generator(self) -> generate.TransformersGenerator:
         import torch
 
-        # Ray gives an actor as many threads as it reserves CPUs; alone on a machine, it should use all of them.
-        torch.set_num_threads(max(torch.get_num_threads(), cores() // actors))
-        self._parts = parts
-        self._generator = generate.TransformersGenerator(sampling)
+        # Ray gives an actor as many threads as it reserves CPUs; together they should use all the cores there are.
+        torch.set_num_threads(max(torch.get_num_threads(), cores() // self._actors))
+        return generate.TransformersGenerator(self._sampling)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         samples = self._generator(self._parts.seeds(Block(*row["block"])))
@@ -196,20 +203,16 @@ class _Classify:
         self._classifier = classify.LinearProbe(probe)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        samples = [generate.Sample(text, tuple(ids), reason) for text, ids, reason in json.loads(row["samples"])]
+        samples = [Sample(text, tuple(ids), reason) for text, ids, reason in json.loads(row["samples"])]
         judged = self._classifier([sample.text for sample in samples])
         return {"block": row["block"], "part": self._parts.encode(Block(*row["block"]), samples, judged)}
 
 
-def _explained(error: Exception) -> VtmixError:
-    """What stopped the pipeline, in one line."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, VtmixError):
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    if isinstance(cause, VtmixError):
-        return cause
-    reason = str(error).strip().splitlines()[-1].strip()
-    return DetectionError(f"sampling stopped: {reason}: what is committed is kept, and a rerun goes on from there")
+def _explained(error: Exception) -> DetectionError:
+    """What stopped the pipeline, in one line: the worker's own error, which Ray carries as text within its frames."""
+    own = str(error).partition("\n\nThe above exception")[0].strip()
+    reason = own.splitlines()[-1].removeprefix("vtmix.errors.").strip() if own else type(error).__name__
+    return DetectionError(f"sampling stopped: {reason}: what is committed is kept, a rerun goes on from there")
 
 
 def _report(
@@ -236,6 +239,7 @@ def _refuse_unclassified(share: float, samples: int, config: MixtureConfig) -> N
         raise DetectionError(
             f"{share:.1%} of the mass of {samples:,} samples is unclassified, detection.max_unclassified allows "
             f"{most:.1%}: nothing was published, the samples are kept. Read some of them "
-            f"(detection/iteration-01/*.parquet): where they are empty or no text, set detection.start_token to the "
-            f"token that the model's documents begin with; else raise detection.max_unclassified"
+            f"(detection/iteration-01/*.parquet). Where they are empty or no text, set detection.start_token to the "
+            f"token that the model's documents begin with, and detect in another run folder; where they are as they "
+            f"should be, raise detection.max_unclassified and run again"
         )

@@ -11,14 +11,9 @@ import polars as pl
 
 from vtmix.artifacts import DomainShare
 from vtmix.errors import DetectionError
+from vtmix.samples import UNCLASSIFIED
 
 NORMAL_95 = 1.96
-UNCLASSIFIED = "unclassified"
-
-
-def probability_columns(domains: Sequence[str]) -> list[str]:
-    """The columns that hold a sample's probabilities: one per domain, then the mass outside them all."""
-    return [*(f"p_{domain}" for domain in domains), UNCLASSIFIED]
 
 
 def shares(samples: pl.DataFrame, domains: Sequence[str]) -> dict[str, DomainShare]:

@@ -5,7 +5,6 @@ generation_config says. Each has a seed of its own, a hash of (run seed, iterati
 whichever worker draws it and whatever is drawn beside it; what is generated together is always one whole block.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,25 +14,15 @@ import numpy.typing as npt
 
 from vtmix.config import MixtureConfig
 from vtmix.encode import load_tokenizer
-from vtmix.errors import ConfigError
+from vtmix.errors import ConfigError, DetectionError
+from vtmix.samples import Sample
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
-FinishReason = Literal["length", "stop"]
-
 # Given to generation engines and recorded in detections: the model's own distribution, nothing bent.
 DECODING = {"temperature": 1.0, "top_p": 1.0, "top_k": None, "repetition_penalty": 1.0}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One generated text. `token_ids` hold neither the start token nor the one that stopped it; both may be empty."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
 
 
 @dataclass(frozen=True)
@@ -48,12 +37,6 @@ class Sampling:
     start_id: int
     stop_ids: tuple[int, ...]
     max_tokens: int
-
-
-def sample_seed(seed: int, iteration: int, index: int) -> int:
-    """The seed of one sample, 0 … 2^63-1: a hash, so that neighbouring indices share nothing."""
-    digest = hashlib.sha256(f"{seed}/{iteration}/{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def uniforms(seeds: Sequence[int], steps: int) -> npt.NDArray[np.float64]:
@@ -127,21 +110,16 @@ class TransformersGenerator:
     """A causal language model loaded with transformers, on one device."""
 
     def __init__(self, sampling: Sampling) -> None:
+        """Raises ConfigError when the model's weights cannot be loaded."""
         import torch
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
 
         self._sampling = sampling
         self._tokenizer = load_tokenizer(sampling.model, sampling.revision)
         self._device = sampling.device
         if sampling.device == "auto":
             self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[sampling.precision]
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            sampling.model, revision=sampling.revision, dtype=dtype, trust_remote_code=False
-        )
-        self._model = model.to(self._device).eval()
-        # generate() mixes the model's own defaults (top_k, penalties, …) into what it is given, unless there are none.
-        self._model.generation_config = GenerationConfig()
+        self._model = self._load()
         self._settings = GenerationConfig(
             do_sample=False,
             max_new_tokens=sampling.max_tokens,
@@ -149,20 +127,42 @@ class TransformersGenerator:
             pad_token_id=int(sampling.start_id == 0),  # any but the start token, which would look like padding
         )
 
+    def _load(self) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        wanted = self._sampling
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wanted.precision]
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                wanted.model, revision=wanted.revision, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model: cannot load {wanted.model!r}: {str(error).splitlines()[0]}") from None
+        # generate() mixes the model's own defaults (top_k, penalties, …) into what it is given, unless there are none.
+        model.generation_config = GenerationConfig()
+        return model.to(self._device).eval()
+
     def __call__(self, seeds: Sequence[int]) -> list[Sample]:
         """One sample per seed, in order; the seeds are those of one whole block."""
         import torch
 
         start = torch.full((len(seeds), 1), self._sampling.start_id, device=self._device)
         drawn = torch.from_numpy(uniforms(seeds, self._sampling.max_tokens)).to(self._device)
-        with torch.inference_mode():
-            ids = self._model.generate(
-                start,
-                attention_mask=torch.ones_like(start),
-                generation_config=self._settings,
-                use_model_defaults=False,
-                logits_processor=[_draw(drawn)],
-            )
+        try:
+            with torch.inference_mode():
+                ids = self._model.generate(
+                    start,
+                    attention_mask=torch.ones_like(start),
+                    generation_config=self._settings,
+                    use_model_defaults=False,
+                    logits_processor=[_draw(drawn)],
+                )
+        except torch.OutOfMemoryError:
+            raise DetectionError(
+                f"{len(seeds)} texts of {self._sampling.max_tokens} tokens together do not fit the GPU's memory: lower "
+                "detection.block"
+            ) from None
         return [self._sample(row) for row in ids[:, 1:].tolist()]
 
     def _sample(self, ids: list[int]) -> Sample:

@@ -25,7 +25,7 @@ from vtmix.artifacts import (
     Weights,
     run_folder,
 )
-from vtmix.compile import compile_epoch, open_pools
+from vtmix.compile import MANIFEST, compile_epoch, open_pools
 from vtmix.config import DETECTING, REFERENCING, MixtureConfig
 from vtmix.errors import ConflictError, MissingError, listing
 from vtmix.verify import require_intact
@@ -47,9 +47,8 @@ def begin(config: MixtureConfig, base: Mapping[str, DomainLoss]) -> Mixture:
     """Fixes the configuration, commits the base model's losses, and gives epoch 1's mixture.
 
     Raises ConflictError when the run was begun with another configuration, LossError for losses that must not move
-    weights, MissingError when a stage before has not been run.
+    weights (then nothing has changed), MissingError when a stage before has not been run.
     """
-    freeze(config)
     _commit_losses(config, 0, base)
     weigh(config, 1)
     compile_epoch(config, 1)
@@ -62,7 +61,6 @@ def advance(config: MixtureConfig, epoch: int, losses: Mapping[str, DomainLoss])
     Losses committed before are kept: a restarted trainer may bring them again. Raises LossError for losses that must
     not move weights; then nothing has changed.
     """
-    freeze(config)
     _commit_losses(config, epoch, losses)
     if epoch >= config.epochs:
         return None
@@ -92,11 +90,20 @@ def freeze(config: MixtureConfig) -> None:
 
     Raises ConflictError naming every setting that changed since.
     """
+    require_unchanged(config)
     path = run_folder(config).config
     if not path.exists():
         commit.publish_file(path, configuration.resolved(config).encode())
+
+
+def require_unchanged(config: MixtureConfig) -> None:
+    """Raises ConflictError naming every setting that changed since the run was begun."""
+    path = run_folder(config).config
+    if not path.exists():
         return
-    changed = configuration.differences(configuration.parse(path), config.model_dump(mode="json", exclude={"run"}))
+    # Read as a configuration, so that settings which a later version added take their defaults.
+    begun = configuration.load(path).model_dump(mode="json", exclude={"run"})
+    changed = configuration.differences(begun, config.model_dump(mode="json", exclude={"run"}))
     if changed:
         raise ConflictError(
             f"the run was begun with another configuration ({path}):\n  {listing(changed)}\n"
@@ -105,11 +112,13 @@ def freeze(config: MixtureConfig) -> None:
 
 
 def weigh(config: MixtureConfig, epoch: int) -> tuple[Weights, bool]:
-    """The weights of an epoch, committed; the flag is False when they were before.
+    """The weights of an epoch, committed; the flag is False when they were before, or are written by hand.
 
     Raises MissingError naming the stage that has to run first, LossError for losses that must not move weights.
     """
     run = run_folder(config)
+    if run.weights(epoch).exists() and (by_hand := Weights.read(run.weights(epoch), "")).inputs is None:
+        return by_hand, False
     updates = epoch > 1 or config.weights.update_before_first_epoch
     inputs, weights = _weights(config, run, epoch) if updates else _initial_weights(config, run)
     committed = Weights.committed(run.weights(epoch), inputs)
@@ -169,22 +178,25 @@ def _reference(config: MixtureConfig, run: RunFolder) -> Reference | None:
 
 
 def _commit_losses(config: MixtureConfig, epoch: int, domains: Mapping[str, DomainLoss]) -> None:
+    """Commits the losses after an epoch, and before them the configuration; refused, they leave nothing behind."""
+    require_unchanged(config)
     run = run_folder(config)
     pools = open_pools(config)
+    remedy = f"compile epoch {epoch} and train on it first"
     inputs: Inputs = {
-        "mixture": Manifest.read(run.mixture(epoch) / "manifest.json", "").digest() if epoch else None,
+        "mixture": Manifest.read(run.mixture(epoch) / MANIFEST, remedy).digest() if epoch else None,
         "eval_samples": config.training.eval_samples,
         "eval_splits": {name: pool.manifest.eval.digest for name, pool in pools.items()},
     }
-    if Losses.committed(run.losses(epoch), inputs) is not None:
-        return
-    tokenizers = sorted({str((pool.manifest.inputs or {}).get("tokenizer")) for pool in pools.values()})
-    losses = Losses(
+    committed = Losses.committed(run.losses(epoch), inputs)
+    losses = committed or Losses(
         inputs=inputs,
         epoch=epoch,
-        tokenizer=" ".join(tokenizers),
+        tokenizer=" ".join(sorted({str((pool.manifest.inputs or {}).get("tokenizer")) for pool in pools.values()})),
         mixture=inputs["mixture"],
         domains=dict(domains),
     )
     check_losses(losses, tuple(config.domains))
-    losses.publish(run.losses(epoch))
+    freeze(config)
+    if committed is None:
+        losses.publish(run.losses(epoch))

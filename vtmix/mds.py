@@ -41,6 +41,11 @@ def shard_name(number: int) -> str:
     return f"shard.{number:05d}.mds"
 
 
+def shard_number(name: str) -> int:
+    """The number a shard's name gives. From 100,000 on, names in alphabetical order are not in order."""
+    return int(name.split(".")[1])
+
+
 def encode_sample(sample: Sample) -> bytes:
     """The bytes MDSWriter stores for a sample of COLUMNS."""
     columns = (
@@ -80,11 +85,7 @@ def _encode_array(values: IntArray) -> bytes:
     """A one-dimensional array: a byte (dimensions << 2 | width code), the length in that width, the values."""
     length = len(values)
     code = 0 if length < 1 << 8 else 1 if length < 1 << 16 else 2
-    return (
-        bytes([1 << 2 | code])
-        + length.to_bytes(1 << code, "little")
-        + values.astype(np.int32, copy=False).tobytes()
-    )
+    return bytes([1 << 2 | code]) + length.to_bytes(1 << code, "little") + values.astype(np.int32, copy=False).tobytes()
 
 
 def _decode_array(data: bytes) -> IntArray:

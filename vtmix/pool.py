@@ -12,7 +12,6 @@ built it (pooling.py), and new data leaves the relative order of the rest alone.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,15 +25,18 @@ PART_SCHEMA = pa.schema(
 )
 
 
-def build(*args: Any, **settings: Any) -> dict[str, PoolManifest]:
-    from vtmix.pooling import build as build_pools
-
-    return build_pools(*args, **settings)
-
-
 def read_ipc(path: Path) -> pa.Table:
     """A memory-mapped Arrow file: pages are read when they are touched."""
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def ipc_bytes(table: pa.Table) -> bytes:
+    """The content of an Arrow file."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
 
 
 @dataclass(frozen=True)

@@ -1,68 +1,34 @@
-"""Builds pools: maps over the parts of the sources (encode), then reduces per domain (order, drop duplicates, set the
-eval split apart, write). The result does not depend on how the sources were cut or on how many workers ran.
+"""Builds pools: maps over the parts of the sources (parts.py), refuses what must not be trained on, and reduces each
+domain's parts to its pool (reduce.py).
+
+The result does not depend on how the sources were cut or on how many workers ran.
 """
 
-import functools
-import hashlib
-import itertools
-import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from vtmix import commit, distribute, mds, progress
-from vtmix.artifacts import EvalSplit, Inputs, PoolManifest, PoolPart, fingerprint, run_folder
-from vtmix.config import Encoding, LanguageModel, MixtureConfig
-from vtmix.encode import Encoded, Encoder, load_tokenizer, tokenizer_digest
+from vtmix.artifacts import Inputs, PoolManifest, fingerprint, run_folder
+from vtmix.config import LanguageModel, MixtureConfig
+from vtmix.encode import load_tokenizer, tokenizer_digest
 from vtmix.errors import LeakError, RecordError, listing
-from vtmix.pool import PART_SCHEMA, open_pool, read_ipc
-from vtmix.records import BadRecord, Conversation, Invalid, Part, open_source, read_part, sample_id, text_of
+from vtmix.parts import EncodeTask, Encodings, encode_part
+from vtmix.pool import open_pool
+from vtmix.reduce import EncodedDomain, write_pool
+from vtmix.sources import SourceParts, open_source
 
-PART_BYTES = 64 << 20
-ENCODED_SCHEMA = pa.schema(
-    {
-        "key": pa.uint64(),
-        "held_out": pa.bool_(),
-        "where": pa.string(),
-        "text": pa.string(),
-        **{field.name: field.type for field in PART_SCHEMA},
-    }
-)
-EVAL_SHARD_BYTES = 1 << 26
+WORKER_BYTES = 8 << 20
+"""A worker process is worth its start (seconds of imports) from about so much text on."""
+LISTED = 100
+ENCODED = "encoded"
 
-
-@dataclass(frozen=True)
-class EncodeTask:
-    """One part of a source, and everything a worker needs to encode it."""
-
-    domain: str
-    part: Part
-    eval_source: bool
-    model: str
-    revision: str | None
-    encoding: Encoding
-    seed: int
-    eval_fraction: float | None
-    texts: int
-    out: Path
-
-
-@dataclass(frozen=True)
-class Encodings:
-    """What became of one part: its file of encoded samples, and counts."""
-
-    task: EncodeTask
-    records: int
-    rejected: tuple[BadRecord, ...]
-    truncated: int
-    overlong_dropped: int
+Sources = Mapping[str, Sequence[SourceParts]]
+"""The opened sources of a domain: `train` and `eval`."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +42,14 @@ class _Building:
     tasks: tuple[EncodeTask, ...]
 
 
+class _Leak(NamedTuple):
+    """A training sample that also stands in an eval split."""
+
+    domain: str
+    sample_id: str
+    what: str
+
+
 def build(
     config: MixtureConfig,
     *,
@@ -86,46 +60,45 @@ def build(
 ) -> dict[str, PoolManifest]:
     """Builds every domain's pool that is not committed yet, and returns all of them.
 
-    `folder` and `model` (defaults: the run's) give another place and another tokenizer. Raises RecordError naming every
-    record that cannot be used, LeakError naming training samples that stand in an eval split, ConflictError where a
-    pool exists that was made from other inputs; then nothing is published.
+    `folder` and `model` (defaults: the run's) give another place and another tokenizer. Without `workers`, there are as
+    many as the cores and the amount of text justify. Raises RecordError naming every source or record that cannot be
+    used, LeakError naming training samples that stand in an eval split, ConflictError where a pool exists that was made
+    from other inputs; then nothing is published.
     """
     folder = folder or run_folder(config).pools
     with commit.lock(folder, "pool"):
         pools, buildings = _outstanding(config, folder, model or config.model)
-        if not buildings:
-            return pools
-        encodings = _encode_all(buildings, backend, workers)
-        _refuse_bad_records(encodings, config)
-        eval_ids = _eval_ids(buildings, pools, folder)
-        leaks = {building.domain: _leaks(building, eval_ids) for building in buildings}
-        if config.pool.leak == "stop":
-            _refuse_leaks(leaks, _committed_leaks(buildings, pools, folder))
-        for building in buildings:
-            mine = [found for found in encodings if found.task.domain == building.domain]
-            pools[building.domain] = _reduce(building, mine, leaks[building.domain], config)
+        if buildings:
+            encodings = _encode_all(buildings, backend, workers)
+            _refuse_bad_records(encodings, config)
+            encoded = {building.domain: EncodedDomain([task.out for task in building.tasks]) for building in buildings}
+            leaks = _leaks(encoded, pools, folder)
+            _refuse_leaks(leaks, pools, config)
+            for building in buildings:
+                mine = [found for found in encodings if found.task.domain == building.domain]
+                dropped = [leak.sample_id for leak in leaks if leak.domain == building.domain]
+                pools[building.domain] = _reduce(building, mine, encoded.pop(building.domain), dropped, config)
     return {name: pools[name] for name in config.domains}
 
 
 def _outstanding(
     config: MixtureConfig, folder: Path, model: LanguageModel
 ) -> tuple[dict[str, PoolManifest], list[_Building]]:
+    """The pools that are committed, and what is to be built."""
+    opened = _open_sources(config)
     location = config.model_location(model)
-    digest = tokenizer_digest(load_tokenizer(location, model.revision))
+    tokenizer = tokenizer_digest(load_tokenizer(location, model.revision))
     pools, buildings = {}, []
-    for domain in config.domains:
-        opened = {
-            split: [open_source(source, config) for source in getattr(config.domains[domain], split)]
-            for split in ("train", "eval")
-        }
-        inputs = _inputs(config, domain, digest, {split: [s.digests for s in opened[split]] for split in opened})
-        final = folder / domain
-        committed = PoolManifest.committed(final / "pool.json", inputs)
+    for domain, sources in opened.items():
+        inputs = _inputs(config, domain, tokenizer, sources)
+        committed = PoolManifest.committed(folder / domain / "pool.json", inputs)
         if committed is not None:
             pools[domain] = committed
             continue
-        staging = commit.staging_folder(final, fingerprint(inputs))
-        parts = [(part, split == "eval") for split in opened for source in opened[split] for part in source.parts]
+        parts = [(part, split == "eval") for split in sources for source in sources[split] for part in source.parts]
+        # Encoded parts that an interrupted build left are taken up only where the sources are cut in the same way.
+        cuts = [(part.name, part.start, part.stop) for part, _ in parts]
+        staging = commit.staging_folder(folder / domain, fingerprint({"inputs": inputs, "cuts": cuts}))
         tasks = tuple(
             EncodeTask(
                 domain=domain,
@@ -133,20 +106,36 @@ def _outstanding(
                 eval_source=is_eval,
                 model=location,
                 revision=model.revision,
+                tokenizer=tokenizer,
                 encoding=config.encoding,
                 seed=config.pool.seed,
-                eval_fraction=None if config.domains[domain].eval else config.pool.eval_fraction,
-                texts=config.pool.texts,
-                out=staging / "encoded" / f"{number:06d}.arrow",
+                eval_fraction=inputs["eval_fraction"],
+                out=staging / ENCODED / f"{number:06d}.arrow",
             )
             for number, (part, is_eval) in enumerate(parts)
         )
-        buildings.append(_Building(domain, inputs, final, staging, tasks))
+        buildings.append(_Building(domain, inputs, folder / domain, staging, tasks))
     return pools, buildings
 
 
-def _inputs(config: MixtureConfig, domain: str, tokenizer: str, digests: Mapping[str, Any]) -> Inputs:
-    """What a pool is made from."""
+def _open_sources(config: MixtureConfig) -> dict[str, Sources]:
+    opened: dict[str, Sources] = {}
+    offenders = []
+    for domain, settings in config.domains.items():
+        splits: dict[str, list[SourceParts]] = {"train": [], "eval": []}
+        for split, source in [*(("train", s) for s in settings.train), *(("eval", s) for s in settings.eval)]:
+            try:
+                splits[split].append(open_source(source, config))
+            except RecordError as error:
+                offenders.append(f"domain '{domain}': {error}")
+        opened[domain] = splits
+    if offenders:
+        raise RecordError(listing(offenders, LISTED))
+    return opened
+
+
+def _inputs(config: MixtureConfig, domain: str, tokenizer: str, opened: Sources) -> Inputs:
+    """What a pool is made from, keyed so that a difference is named down to the file or setting."""
     settings = config.domains[domain].model_dump(mode="json")
     return {
         "encoding": config.encoding.model_dump(mode="json"),
@@ -155,16 +144,18 @@ def _inputs(config: MixtureConfig, domain: str, tokenizer: str, digests: Mapping
         "eval_fraction": None if config.domains[domain].eval else config.pool.eval_fraction,
         "leak": config.pool.leak,
         "texts": config.pool.texts,
-        "sources": settings,
-        "files": digests,
+        "sources": {split: {str(n): source for n, source in enumerate(settings[split])} for split in opened},
+        "files": {split: {k: v for s in opened[split] for k, v in s.digests.items()} for split in opened},
     }
 
 
 def _encode_all(buildings: Sequence[_Building], backend: distribute.Backend, workers: int | None) -> list[Encodings]:
     tasks = [task for building in buildings for task in building.tasks]
     for building in buildings:
-        (building.staging / "encoded").mkdir(exist_ok=True)
-    workers = min(workers or distribute.cores(), max(len(tasks), 1))
+        commit.make_folder(building.staging / ENCODED)
+    if workers is None and backend != "ray":
+        text = sum(task.part.size for task in tasks if not task.out.exists())
+        workers = max(1, min(distribute.cores(), len(tasks), text // WORKER_BYTES))
     found = []
     with progress.bar("encoding records", len(tasks), "parts") as advance:
         for encodings in distribute.run(encode_part, tasks, backend=backend, workers=workers):
@@ -173,279 +164,69 @@ def _encode_all(buildings: Sequence[_Building], backend: distribute.Backend, wor
     return sorted(found, key=lambda done: done.task.out)
 
 
-@functools.lru_cache(maxsize=2)
-def _encoder(model: str, revision: str | None, encoding: str) -> Encoder:
-    return Encoder(load_tokenizer(model, revision), Encoding.model_validate_json(encoding))
-
-
-def encode_part(task: EncodeTask) -> Encodings:
-    """Encodes one part of a source into an Arrow file of ENCODED_SCHEMA, in pool order; done before, it is read."""
-    if task.out.exists():
-        with pa.memory_map(str(task.out)) as file:
-            return _from_metadata(task, pa.ipc.open_file(file).schema.metadata[b"vtmix"])
-    encoder = _encoder(task.model, task.revision, task.encoding.model_dump_json())
-    rows: list[dict[str, Any]] = []
-    rejected: list[BadRecord] = []
-    records = truncated = dropped = 0
-    for item in read_part(task.part):
-        records += 1
-        if isinstance(item, BadRecord):
-            rejected.append(item)
-            continue
-        where, turns = item
-        try:
-            encoded = encoder.encode(turns)
-        except Invalid as invalid:
-            rejected.append(BadRecord(where, str(invalid)))
-            continue
-        cut = encoded is not None and encoded.truncated
-        if encoded is None or (cut and task.encoding.overlong == "drop"):
-            dropped += 1
-            continue
-        truncated += cut
-        rows.append(_row(task, where, turns, encoded))
-    result = Encodings(task, records, tuple(rejected), truncated, dropped)
-    commit.write_staged(task.out, _encoded_file(rows, result))
-    return result
-
-
-def _row(task: EncodeTask, where: str, turns: Conversation, encoded: Encoded) -> dict[str, Any]:
-    identity = sample_id(turns)
-    sample = mds.Sample(domain=task.domain, input_ids=encoded.input_ids, labels=encoded.labels, sample_id=identity)
-    held_out = task.eval_source or (
-        task.eval_fraction is not None and _hash(identity, task.seed, "held out") < task.eval_fraction * 2**64
-    )
-    return {
-        "key": _hash(identity, task.seed, "order"),
-        "held_out": held_out,
-        "where": where,
-        "text": text_of(turns),
-        "sample_id": identity,
-        "tokens": len(encoded.input_ids),
-        "response_tokens": encoded.response_tokens,
-        "mds": mds.encode_sample(sample),
-    }
-
-
-def _hash(identity: str, seed: int, purpose: str) -> int:
-    """64 bits of a keyed hash of a sample id."""
-    key = f"{purpose} {seed}".encode()
-    return int.from_bytes(hashlib.blake2b(identity.encode(), key=key, digest_size=8).digest(), "big")
-
-
-def _encoded_file(rows: list[dict[str, Any]], result: Encodings) -> bytes:
-    rows.sort(key=lambda row: (row["key"], row["sample_id"]))
-    kept = 0
-    for row in rows:  # only the first texts in pool order can be among the domain's first
-        if row["held_out"] or kept >= result.task.texts:
-            row["text"] = None
-        else:
-            kept += 1
-    metadata = {
-        "records": result.records,
-        "rejected": result.rejected,
-        "truncated": result.truncated,
-        "overlong_dropped": result.overlong_dropped,
-    }
-    schema = ENCODED_SCHEMA.with_metadata({"vtmix": json.dumps(metadata)})
-    return _ipc_bytes(pa.Table.from_pylist(rows, schema=schema))
-
-
-def _from_metadata(task: EncodeTask, raw: bytes) -> Encodings:
-    content = json.loads(raw)
-    content["rejected"] = tuple(BadRecord(*bad) for bad in content["rejected"])
-    return Encodings(task=task, **content)
-
-
-def _ipc_bytes(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
-
-
 def _refuse_bad_records(encodings: Sequence[Encodings], config: MixtureConfig) -> None:
     bad = [f"{found.where}: {found.why}" for part in encodings for found in part.rejected]
     if len(bad) > config.pool.max_bad_records:
         raise RecordError(
-            f"{len(bad)} of {sum(part.records for part in encodings):,} records cannot be used "
-            f"(pool.max_bad_records is {config.pool.max_bad_records}), no pool was built:\n  {listing(bad, 100)}"
+            f"{len(bad):,} of {sum(part.records for part in encodings):,} records cannot be used "
+            f"(pool.max_bad_records is {config.pool.max_bad_records}), no pool was built:\n  {listing(bad, LISTED)}"
         )
 
 
-def _order(building: _Building) -> pl.DataFrame:
-    """The encoded samples of a domain in pool order, without their bytes; `file` and `row` say where those are."""
-    frames = [
-        pl.from_arrow(read_ipc(task.out).select(["key", "sample_id", "held_out", "where"]))
-        .with_columns(file=pl.lit(number, pl.Int32))  # type: ignore[union-attr]
-        .with_row_index("row")
-        for number, task in enumerate(building.tasks)
-    ]
-    if not frames:
-        return pl.DataFrame(schema={"key": pl.UInt64, "sample_id": pl.String, "held_out": pl.Boolean})
-    return pl.concat(frames).sort(["key", "sample_id", "file", "row"])
+def _leaks(encoded: Mapping[str, EncodedDomain], pools: Mapping[str, PoolManifest], folder: Path) -> list[_Leak]:
+    """Every training sample that also stands in an eval split, unless both were committed before."""
+    fresh = {identity: domain for domain, samples in encoded.items() for identity in samples.held_out["sample_id"]}
+    committed = {sample["sample_id"]: domain for domain in pools for sample in mds.Samples(folder / domain / "eval")}
+    held_out = committed | fresh
+    leaks = []
+    for domain, samples in encoded.items():
+        hits = samples.train.filter(pl.col("sample_id").is_in(list(held_out)))
+        for where, identity in zip(samples.where(hits), hits["sample_id"], strict=True):
+            what = f"{where}: sample {identity} of '{domain}' also stands in the eval split of '{held_out[identity]}'"
+            leaks.append(_Leak(domain, identity, what))
+    for domain in pools:
+        for identity in open_pool(folder / domain).sample_ids():
+            if identity in fresh:
+                what = f"sample {identity} of '{domain}' also stands in the eval split of '{fresh[identity]}'"
+                leaks.append(_Leak(domain, identity, f"{folder / domain}: {what}"))
+    return leaks
 
 
-def _eval_ids(buildings: Sequence[_Building], pools: Mapping[str, PoolManifest], folder: Path) -> dict[str, str]:
-    """Every sample id that stands in an eval split, with its domain."""
-    found = {sample["sample_id"]: domain for domain in pools for sample in mds.Samples(folder / domain / "eval")}
-    for building in buildings:
-        held_out = _order(building).filter("held_out")["sample_id"].to_list()
-        found |= dict.fromkeys(held_out, building.domain)
-    return found
-
-
-def _leaks(building: _Building, eval_ids: Mapping[str, str]) -> dict[str, str]:
-    """Training samples of a domain that stand in an eval split: id → a sentence that names both places."""
-    train = _order(building).filter(~pl.col("held_out"))
-    hits = train.filter(pl.col("sample_id").is_in(list(eval_ids)))
-    return {
-        identity: f"{where}: sample {identity} of '{building.domain}' also stands in the eval split of "
-        f"'{eval_ids[identity]}'"
-        for where, identity in hits.select("where", "sample_id").iter_rows()
-    }
-
-
-def _committed_leaks(buildings: Sequence[_Building], pools: Mapping[str, PoolManifest], folder: Path) -> dict[str, str]:
-    """Training samples of pools committed before that stand in an eval split built now."""
-    fresh = {
-        identity: building.domain
-        for building in buildings
-        for identity in _order(building).filter("held_out")["sample_id"]
-    }
-    return {
-        identity: f"sample {identity} of '{domain}' (committed) also stands in the eval split of '{fresh[identity]}'"
-        for domain in pools
-        for identity in open_pool(folder / domain).sample_ids()
-        if identity in fresh
-    }
-
-
-def _refuse_leaks(leaks: Mapping[str, Mapping[str, str]], committed: Mapping[str, str]) -> None:
-    lines = [line for found in (*leaks.values(), committed) for line in found.values()]
-    if lines:
+def _refuse_leaks(leaks: Sequence[_Leak], pools: Mapping[str, PoolManifest], config: MixtureConfig) -> None:
+    """Raises LeakError where leaks stop the build, or stand in a pool that is committed and so cannot drop them."""
+    remedy = "remove them, or set pool.leak to 'drop'"
+    if config.pool.leak == "drop":
+        leaks = [leak for leak in leaks if leak.domain in pools]
+        remedy = "a committed pool cannot drop them: remove them from the eval split, or start another pool folder"
+    if leaks:
         raise LeakError(
-            f"{len(lines)} training samples also stand in an eval split, no pool was built "
-            f"(remove them, or set pool.leak to 'drop'):\n  {listing(lines, 100)}"
+            f"{len(leaks):,} training samples also stand in an eval split, no pool was built ({remedy}):\n"
+            f"  {listing((leak.what for leak in leaks), LISTED)}"
         )
 
 
 def _reduce(
-    building: _Building, encodings: Sequence[Encodings], leaks: Mapping[str, str], config: MixtureConfig
+    building: _Building,
+    encodings: Sequence[Encodings],
+    encoded: EncodedDomain,
+    leaks: Sequence[str],
+    config: MixtureConfig,
 ) -> PoolManifest:
     """Writes and publishes one domain's pool."""
-    order = _order(building)
-    unique = order.unique(["sample_id", "held_out"], keep="first", maintain_order=True)
-    held_out = unique.filter("held_out")
-    train = unique.filter(~pl.col("held_out") & ~pl.col("sample_id").is_in(list(leaks)))
-    tables = [read_ipc(task.out) for task in building.tasks]
-    parts, totals = _write_parts(building.staging, tables, train)
-    _write_texts(building.staging, tables, train.head(config.pool.texts))
+    staging = building.staging
+    for left in staging.iterdir():  # by an interrupted build, whose leaks may have been others
+        if left.name != ENCODED:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     manifest = PoolManifest(
         inputs=building.inputs,
         domain=building.domain,
-        samples=len(train),
         records=sum(part.records for part in encodings),
         rejected=sum(len(part.rejected) for part in encodings),
-        duplicates=len(order) - len(unique),
         truncated=sum(part.truncated for part in encodings),
         overlong_dropped=sum(part.overlong_dropped for part in encodings),
-        leaks_dropped=len(unique) - len(held_out) - len(train),
-        eval=_write_eval(building.staging / "eval", tables, held_out),
-        parts=tuple(parts),
-        **totals,
+        **write_pool(staging, encoded, leaks, config.pool.texts),
     )
-    del tables
-    shutil.rmtree(building.staging / "encoded", ignore_errors=True)
-    commit.write_staged(building.staging / "pool.json", manifest.text())
-    commit.publish_folder(building.staging, building.final)
+    commit.write_staged(staging / "pool.json", manifest.text())
+    shutil.rmtree(staging / ENCODED)
+    commit.publish_folder(staging, building.final)
     return manifest
-
-
-def _gather(tables: Sequence[pa.Table], rows: pl.DataFrame, columns: Sequence[str]) -> pa.Table:
-    """The rows' columns in order, taken from the tables they stand in."""
-    chosen = [tables[file].select(columns).take(group["row"].to_arrow()) for (file,), group in _by_file(rows)]
-    if not chosen:
-        return pa.table({name: pa.array([], ENCODED_SCHEMA.field(name).type) for name in columns})
-    positions = np.concatenate([group["position"].to_numpy() for _, group in _by_file(rows)])
-    return pa.concat_tables(chosen).combine_chunks().take(np.argsort(positions))
-
-
-def _by_file(rows: pl.DataFrame) -> Iterator[tuple[tuple[Any, ...], pl.DataFrame]]:
-    yield from rows.with_row_index("position").group_by(["file"], maintain_order=True)
-
-
-def _write_parts(
-    staging: Path, tables: Sequence[pa.Table], train: pl.DataFrame
-) -> tuple[list[PoolPart], dict[str, int]]:
-    totals = {"tokens": 0, "response_tokens": 0, "bytes": 0, "max_sample_bytes": 0}
-    parts = []
-    for number, rows in enumerate(_cut(tables, train)):
-        table = _gather(tables, rows, PART_SCHEMA.names)
-        lengths = pa.compute.binary_length(table["mds"]).to_numpy()
-        totals["tokens"] += pa.compute.sum(table["tokens"]).as_py()
-        totals["response_tokens"] += pa.compute.sum(table["response_tokens"]).as_py()
-        totals["bytes"] += int(lengths.sum())
-        totals["max_sample_bytes"] = max(totals["max_sample_bytes"], int(lengths.max()))
-        data = _ipc_bytes(table.cast(PART_SCHEMA))
-        name = f"part-{number:05d}.arrow"
-        commit.write_staged(staging / name, data)
-        parts.append(PoolPart(name=name, samples=len(rows), bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
-    return parts, totals
-
-
-def _cut(tables: Sequence[pa.Table], train: pl.DataFrame) -> Iterator[pl.DataFrame]:
-    """Pool order cut into parts of about PART_BYTES."""
-    if not len(train):
-        return
-    sizes = [pa.compute.binary_length(table["mds"]).to_numpy() for table in tables]
-    lengths = np.empty(len(train), np.int64)
-    files, rows = train["file"].to_numpy(), train["row"].to_numpy()
-    for number, found in enumerate(sizes):
-        mine = files == number
-        lengths[mine] = found[rows[mine]]
-    part = (np.cumsum(lengths) - lengths) // PART_BYTES
-    edges = [0, *(np.flatnonzero(np.diff(part)) + 1).tolist(), len(train)]
-    for start, stop in itertools.pairwise(edges):
-        yield train.slice(start, stop - start)
-
-
-def _write_texts(staging: Path, tables: Sequence[pa.Table], rows: pl.DataFrame) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(_gather(tables, rows, ["sample_id", "text"]), sink)
-    commit.write_staged(staging / "texts.parquet", sink.getvalue().to_pybytes())
-
-
-def _write_eval(folder: Path, tables: Sequence[pa.Table], rows: pl.DataFrame) -> EvalSplit:
-    folder.mkdir(exist_ok=True)
-    table = _gather(tables, rows, PART_SCHEMA.names)
-    samples = table["mds"].to_pylist()
-    sizes = []
-    for number, chunk in enumerate(_chunks(samples)):
-        lengths = np.array([len(sample) for sample in chunk], np.int64)
-        data = mds.header(lengths, EVAL_SHARD_BYTES) + b"".join(chunk)
-        commit.write_staged(folder / mds.shard_name(number), data)
-        sizes.append((len(chunk), len(data)))
-    commit.write_staged(folder / mds.INDEX, mds.index(sizes, EVAL_SHARD_BYTES))
-    identities = table["sample_id"].to_pylist()
-    return EvalSplit(
-        samples=len(identities),
-        tokens=sum(table["tokens"].to_pylist()),
-        response_tokens=sum(table["response_tokens"].to_pylist()),
-        digest=hashlib.sha256("\n".join(identities).encode()).hexdigest(),
-    )
-
-
-def _chunks(samples: Sequence[bytes]) -> Iterator[list[bytes]]:
-    """Samples in runs that fit a shard."""
-    chunk: list[bytes] = []
-    size = mds.header_bytes(0, EVAL_SHARD_BYTES)
-    for sample in samples:
-        if chunk and size + len(sample) + 4 > EVAL_SHARD_BYTES:
-            yield chunk
-            chunk, size = [], mds.header_bytes(0, EVAL_SHARD_BYTES)
-        chunk.append(sample)
-        size += len(sample) + 4
-    if chunk:
-        yield chunk

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vtmix import batches, cluster, commit, pool, progress
+from vtmix import batches, cluster, commit, pool, pooling, progress
 from vtmix.artifacts import DomainLoss, Inputs, PoolManifest, Reference, ReferenceLoss, RunFolder, run_folder
 from vtmix.config import LanguageModel, MixtureConfig
 from vtmix.config import Reference as Settings
@@ -262,7 +262,7 @@ def _pools(config: MixtureConfig, run: RunFolder) -> tuple[Path, str]:
     if digest == own:
         return run.pools, own
     folder = run.reference.parent / "pool"
-    pool.build(config, folder=folder, model=model)
+    pooling.build(config, folder=folder, model=model)
     return folder, digest
 
 

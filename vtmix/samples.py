@@ -16,25 +16,47 @@ The file's metadata say what it was made from, so a part of other inputs is neve
 of its content and those metadata alone.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vtmix import commit
 from vtmix.artifacts import Inputs, compare
-from vtmix.classify import Matrix
 from vtmix.errors import ConflictError, DamageError, listing
-from vtmix.estimate import probability_columns
-from vtmix.generate import Sample, sample_seed
 
 METADATA_KEY = b"vtmix"
+UNCLASSIFIED = "unclassified"
+
+FinishReason = Literal["length", "stop"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated text. `token_ids` hold neither the start token nor the one that stopped it; both may be empty."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+def sample_seed(seed: int, iteration: int, index: int) -> int:
+    """The seed of one sample, 0 … 2^63-1: a hash, so that neighbouring indices share nothing."""
+    digest = hashlib.sha256(f"{seed}/{iteration}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def probability_columns(domains: Sequence[str]) -> list[str]:
+    """The columns that hold a sample's probabilities: one per domain, then the mass outside them all."""
+    return [*(f"p_{domain}" for domain in domains), UNCLASSIFIED]
 
 
 class Block(NamedTuple):
@@ -90,7 +112,7 @@ class Parts:
         """The seeds of a block's samples, in order."""
         return [sample_seed(self.seed, block.iteration, index) for index in range(block.start, block.stop)]
 
-    def encode(self, block: Block, samples: Sequence[Sample], judged: Matrix) -> bytes:
+    def encode(self, block: Block, samples: Sequence[Sample], judged: npt.NDArray[np.float64]) -> bytes:
         """The Parquet file of a block; `judged` holds the classifier's probabilities (n, k + 1)."""
         columns: dict[str, Any] = {
             "iteration": [block.iteration] * len(samples),

@@ -1,4 +1,4 @@
-"""JSON Schemas of mixture.yaml and of every JSON artefact, generated from the models: `python -m vtmix.schemas FOLDER`."""
+"""JSON Schemas of mixture.yaml and every JSON artefact, generated from the models: `python -m vtmix.schemas FOLDER`."""
 
 import json
 import sys

@@ -159,7 +159,8 @@ class ShardWriter:
                 name: window.response_tokens for name, window in zip(self.plan.domains, windows, strict=True)
             },
         )
-        commit.write_staged(record, json.dumps(asdict(report)).encode())
+        # Not flushed: if the machine dies, a record that is not whole only has its shard written again.
+        commit.write_staged(record, json.dumps(asdict(report)).encode(), flush=False)
         return report
 
     def content(self, task: ShardTask) -> Iterator[bytes]:

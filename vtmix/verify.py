@@ -1,10 +1,12 @@
 """Finds what is damaged in a mixture, and names the file and the samples.
 
-Every file is held against the manifest's sizes and digests. Since a shard follows from the plan and the pools alone, a
-damaged one is rebuilt in memory and compared, which tells the samples whose bytes changed.
+Every file is held against the manifest's sizes and digests, and the index against what vtmix would write for these
+shards, so that nothing in it can lead a reader out of the folder. Since a shard follows from the plan and the pools
+alone, a damaged one is rebuilt in memory and compared, which tells the samples whose bytes changed.
 """
 
 import hashlib
+import itertools
 import os
 import re
 import stat
@@ -14,13 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from vtmix import compile as compiler
-from vtmix import distribute
-from vtmix.artifacts import Manifest, MixtureFile, Plan
+from vtmix import distribute, mds
+from vtmix.artifacts import Manifest, MixtureFile, Plan, fingerprint
 from vtmix.errors import DamageError, VtmixError, listing
+from vtmix.plan import shard_bounds
 from vtmix.pool import Pool
 from vtmix.shards import ShardWriter
 
-FILE_PATTERN = re.compile(r"(shard\.\d{5,}\.mds|index\.json)")
+EPOCH_PATTERN = re.compile(r"epoch-([0-9]{4,})")
 
 
 def open_manifest(folder: Path) -> Manifest:
@@ -28,23 +31,81 @@ def open_manifest(folder: Path) -> Manifest:
 
     Raises MissingError when there is none, DamageError when it is not what vtmix writes.
     """
-    epoch = folder.name.removeprefix("epoch-").lstrip("0") or "?"
-    manifest = Manifest.read(folder / compiler.MANIFEST, f"compile it with `python -m vtmix.compile --epoch {epoch}`")
-    names = [file.name for file in manifest.files]
-    odd = [f"{name!r} is no file of a mixture" for name in names if not FILE_PATTERN.fullmatch(name)]
-    if len(set(names)) < len(names):
-        odd.append("a file is listed twice")
+    path = folder / compiler.MANIFEST
+    named = EPOCH_PATTERN.fullmatch(folder.name)
+    epoch = int(named[1]) if named else None
+    if path.exists() and not _is_regular(path):
+        raise DamageError(f"{path}: is not a regular file")
+    manifest = Manifest.read(path, f"compile it with `python -m vtmix.compile --epoch {epoch or '?'}`")
+    odd = list(_contradictions(manifest))
+    if epoch is not None and manifest.epoch != epoch:
+        odd.append(f"it is the manifest of epoch {manifest.epoch}, which does not belong into {folder.name}")
     if odd:
-        raise DamageError(f"{folder / compiler.MANIFEST}: {listing(odd)}")
+        raise DamageError(f"{path}: {listing(odd)}")
     return manifest
+
+
+def _is_regular(path: Path) -> bool:
+    return stat.S_ISREG(path.lstat().st_mode)
+
+
+def _contradictions(manifest: Manifest) -> Iterator[str]:
+    """Where a manifest is none that vtmix writes, or one of its numbers was changed."""
+    names = [file.name for file in manifest.files]
+    expected = [mds.INDEX, *map(mds.shard_name, range(len(names) - 1))]
+    for name, wanted in itertools.zip_longest(names, expected):
+        if name != wanted:
+            yield f"{name!r} is no file of a mixture, or out of order (expected {wanted!r})"
+    try:
+        plan, _ = _made_from(manifest)
+        identity = fingerprint(manifest.inputs)
+    except (ValueError, TypeError, KeyError):
+        yield "its inputs are not those of a mixture"
+        return
+    if identity != manifest.fingerprint_of_inputs:
+        yield "its inputs do not have the fingerprint it gives"
+    for name in {**plan.domains, **manifest.domains}:
+        if _share(manifest, name) != (shares := _planned_share(plan, name)):
+            yield f"its share of '{name}' (weight, samples, proportion) is not the planned {shares}"
+    totals = {
+        "epoch": plan.epoch,
+        "samples": plan.samples,
+        "tokens": sum(domain.tokens for domain in manifest.domains.values()),
+        "bytes": sum(file.bytes for file in manifest.files[1:]),
+        "files": plan.shards + 1,
+    }
+    stated = {**manifest.model_dump(include=set(totals)), "files": len(names)}
+    for what, total in totals.items():
+        if stated[what] != total:
+            yield f"it says {what} {stated[what]:,}, which should be {total:,}"
+
+
+def _share(manifest: Manifest, name: str) -> tuple[float, int, float] | None:
+    domain = manifest.domains.get(name)
+    return (domain.weight, domain.samples, domain.proportion) if domain else None
+
+
+def _planned_share(plan: Plan, name: str) -> tuple[float, int, float] | None:
+    domain = plan.domains.get(name)
+    return (domain.weight, domain.count, domain.count / plan.samples) if domain else None
+
+
+def _made_from(manifest: Manifest) -> tuple[Plan, int]:
+    """The plan a mixture was made from, which its manifest holds in full, and its shard_bytes."""
+    inputs = manifest.inputs or {}
+    return Plan.model_validate(inputs["plan"]), int(inputs["shard_bytes"])
 
 
 def damages(folder: Path, manifest: Manifest) -> Iterator[tuple[MixtureFile | None, str]]:
     """Every file that is missing, odd, changed or superfluous, with a sentence about it."""
     expected = {file.name: file for file in manifest.files}
-    findings = distribute.run(lambda file: (file, _check(folder / file.name, file)), manifest.files, backend="threads")
-    for file, finding in sorted(findings, key=lambda item: item[0].name):
-        if finding:
+    findings = dict(
+        distribute.run(lambda file: (file.name, _check(folder / file.name, file)), manifest.files, backend="threads")
+    )
+    if findings[mds.INDEX] is None and not _is_index_of(folder / mds.INDEX, manifest):
+        findings[mds.INDEX] = f"{folder / mds.INDEX}: is not the index of these shards"
+    for name, file in expected.items():
+        if finding := findings[name]:
             yield file, finding
     for name in sorted(os.listdir(folder)):  # noqa: PTH208 (names, not paths)
         if name not in expected and name != compiler.MANIFEST:
@@ -55,15 +116,25 @@ def _check(path: Path, file: MixtureFile) -> str | None:
     """What is wrong with a file, or None."""
     try:
         status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            return f"{path}: is not a regular file"
+        if status.st_size != file.bytes:
+            return f"{path}: has {status.st_size:,} bytes, expected {file.bytes:,}"
+        with path.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
     except FileNotFoundError:
         return f"{path}: is missing"
-    if not stat.S_ISREG(status.st_mode):
-        return f"{path}: is not a regular file"
-    if status.st_size != file.bytes:
-        return f"{path}: has {status.st_size:,} bytes, expected {file.bytes:,}"
-    with path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
     return None if digest == file.sha256 else f"{path}: its bytes have changed (digest {digest[:12]}…)"
+
+
+def _is_index_of(path: Path, manifest: Manifest) -> bool:
+    """Whether index.json is what vtmix writes for these shards: no other name, column type or size can stand in it."""
+    plan, shard_bytes = _made_from(manifest)
+    samples = [stop - start for start, stop in shard_bounds(plan)]
+    sizes = [file.bytes for file in manifest.files[1:]]
+    return path.read_bytes() == mds.index(list(zip(samples, sizes, strict=True)), shard_bytes)
 
 
 def require_intact(folder: Path) -> Manifest:
@@ -81,46 +152,47 @@ def require_intact(folder: Path) -> Manifest:
 
 
 def verify(folder: Path, plan: Plan | None, pools: Mapping[str, Pool] | None) -> list[str]:
-    """A sentence for every damage found in a mixture, with the samples it hit where plan and pools tell them."""
+    """A sentence for every damage found in a mixture, with the samples it hit where the pools tell them.
+
+    `plan` defaults to the one the manifest holds.
+    """
     manifest = open_manifest(folder)
     lines = []
     for file, finding in damages(folder, manifest):
         lines.append(finding)
-        if file is not None and file.name.endswith(".mds") and (folder / file.name).is_file():
-            lines += [f"{folder / file.name}: {where}" for where in _locate(folder, file, manifest, plan, pools)]
+        path = folder / file.name if file else None
+        if file and path and path.suffix == ".mds" and os.path.lexists(path) and _is_regular(path):
+            lines += [f"{path}: {where}" for where in _locate(path, file, manifest, plan, pools)]
     return lines
 
 
 def _locate(
-    folder: Path, file: MixtureFile, manifest: Manifest, plan: Plan | None, pools: Mapping[str, Pool] | None
+    path: Path, file: MixtureFile, manifest: Manifest, plan: Plan | None, pools: Mapping[str, Pool] | None
 ) -> list[str]:
-    if plan is None or pools is None or manifest.inputs is None:
-        return ["the samples cannot be named without the plan and the pools"]
+    if pools is None:
+        return ["the samples cannot be named without the pools"]
     try:
-        writer = ShardWriter(plan, pools, manifest.inputs["shard_bytes"])
-        task = writer.tasks()[int(file.name.split(".")[1])]
+        planned, shard_bytes = _made_from(manifest)
+        writer = ShardWriter(plan or planned, pools, shard_bytes)
+        task = writer.tasks()[manifest.files.index(file) - 1]
         whole = b"".join(writer.content(task))
-    except VtmixError as error:
+        if hashlib.sha256(whole).hexdigest() != file.sha256:
+            return ["the samples cannot be named, since the plan or the pools are not what they were"]
+        return _changes(whole, path.read_bytes(), writer.sample_ids(task))
+    except (VtmixError, OSError, IndexError) as error:
         return [f"the samples cannot be named: {error}"]
-    if hashlib.sha256(whole).hexdigest() != file.sha256:
-        return ["the samples cannot be named, since the pools are not what they were"]
-    return _changes(whole, (folder / file.name).read_bytes(), writer.sample_ids(task))
 
 
 def _changes(expected: bytes, found: bytes, sample_ids: list[str]) -> list[str]:
     """The regions of a shard in which bytes changed or are missing."""
-    shared = min(len(expected), len(found))
-    same = np.frombuffer(expected, np.uint8, shared) == np.frombuffer(found, np.uint8, shared)
-    changed = np.concatenate([np.flatnonzero(~same), np.arange(shared, len(expected))])
-    offsets = np.frombuffer(expected, np.uint32, len(sample_ids) + 1, offset=4).astype(np.int64)
     table = 4 + 4 * (len(sample_ids) + 1)
-    lines = []
-    if (changed < 4).any() or ((changed >= table) & (changed < offsets[0])).any():
-        lines.append("header changed")
-    if ((changed >= 4) & (changed < table)).any():
-        lines.append("offset table changed")
-    hit = np.unique(np.searchsorted(offsets, changed[changed >= offsets[0]], side="right") - 1)
-    lines += [f"sample {sample_ids[number]} (number {number} of the shard) changed" for number in hit.tolist()]
+    offsets = np.frombuffer(expected, np.uint32, len(sample_ids) + 1, offset=4).tolist()
+    regions = [("sample count", 0, 4), ("offset table", 4, table), ("header", table, offsets[0])]
+    regions += [
+        (f"sample {identity} (number {number} of the shard)", *edges)
+        for number, (identity, edges) in enumerate(zip(sample_ids, itertools.pairwise(offsets), strict=True))
+    ]
+    lines = [f"{what} changed" for what, begin, end in regions if expected[begin:end] != found[begin:end]]
     if len(found) > len(expected):
         lines.append(f"{len(found) - len(expected):,} bytes too many at the end")
     return lines

@@ -202,6 +202,8 @@ def check_losses(losses: Losses, domains: tuple[str, ...]) -> None:
             offenders.append(f"eval loss of '{name}' is {loss.nats} {where}")
         elif loss.nats < 0:
             offenders.append(f"eval loss of '{name}' is negative ({loss.nats:g} nats) {where}")
+        elif loss.standard_error is not None and not math.isfinite(loss.standard_error):
+            offenders.append(f"standard error of the loss of '{name}' is {loss.standard_error} {where}")
     if offenders:
         raise LossError(f"refusing to update weights: {listing(offenders)}")
 

@@ -26,6 +26,8 @@ from with_composer.callbacks import LearningRate, Progress, Saver, StepLog
 from with_composer.model import LOSS, ResponseModel
 from with_composer.ranks import TIMEOUT_SECONDS, device_of, on_rank_zero
 
+Split = Callable[[batches.Batch, int | float], list[batches.Batch]]
+
 
 class Session:
     """A run's model and optimizer, from a checkpoint's state where there is one."""
@@ -105,12 +107,13 @@ class Session:
         commit.publish_folder(staging, final)
 
     def _evaluator(self, domain: str) -> Evaluator:
+        # Composer drops the samples that fill up the last ranks by splitting the last row off: rows must stay in order.
         settings = self._config.training
         samples = batches.held_out(self._run.pool(domain) / "eval", settings.eval_samples)
-        data = self._data(samples, settings.eval_batch_size, sampler=dist.get_sampler(samples))
+        data = self._data(samples, settings.eval_batch_size, dist.get_sampler(samples), batches.split_in_order)
         return Evaluator(label=domain, dataloader=data, metric_names=[LOSS])
 
-    def _data(self, dataset: Any, batch_size: int, sampler: Any = None) -> DataSpec:
+    def _data(self, dataset: Any, batch_size: int, sampler: Any = None, split: Split = batches.split) -> DataSpec:
         pad = self._tokenizer.pad_token_id or 0
         # A generator of its own: a loader's first step draws from the global one, and a resumed run has fewer of them.
         loader = DataLoader(
@@ -122,7 +125,7 @@ class Session:
         )
         return DataSpec(
             loader,
-            split_batch=batches.split,
+            split_batch=split,
             get_num_samples_in_batch=lambda batch: len(batch["sample_id"]),
             get_num_tokens_in_batch=_tokens,
         )
@@ -148,13 +151,15 @@ def adamw(config: MixtureConfig, model: torch.nn.Module) -> torch.optim.Optimize
 def execution(config: MixtureConfig) -> dict[str, Any]:
     """What steers how the work is carried out, in Composer's words."""
     settings, device = config.training, device_of(config)
-    automatic = {"cpu": "fp32", "gpu": "amp_bf16"}[device]
+    precision, microbatch = settings.precision, settings.microbatch_size
+    if precision == "auto":
+        precision = "fp32" if device == "cpu" else "amp_bf16"
+    if microbatch == "auto" and device == "cpu":
+        microbatch = None
     return {
         "device": device,
-        "precision": automatic if settings.precision == "auto" else settings.precision,
-        "device_train_microbatch_size": None
-        if (settings.microbatch_size, device) == ("auto", "cpu")
-        else settings.microbatch_size,
+        "precision": precision,
+        "device_train_microbatch_size": microbatch,
         "parallelism_config": None if settings.fsdp is None else {"fsdp": dict(settings.fsdp)},
     }
 

@@ -1,0 +1,139 @@
+"""A cluster that vtmix starts is closed to strangers and leaves nothing behind; a run is never put where it is lost."""
+
+import fcntl
+import os
+import stat
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from test_detect import ray_cluster  # noqa: F401
+
+from vtmix import cluster
+from vtmix.artifacts import RunFolder
+from vtmix.errors import ConfigError
+
+UPLOADED = Path("/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0123456789abcdef")
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch) -> Path:
+    """An empty folder for temporary files."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(cluster, "LONGEST_BASE", 1000)
+    return tmp_path
+
+
+def test_a_started_cluster_needs_a_token_that_only_its_owner_can_read(ray_cluster):  # noqa: F811
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+    assert len(token.read_text()) == 64
+
+
+def test_a_started_cluster_refuses_jobs_without_a_token(ray_cluster):  # noqa: F811
+    import ray
+
+    agent = "http://127.0.0.1:52365/api/job_agent/jobs/"
+    request = urllib.request.Request(agent, data=b'{"entrypoint": "true"}', method="POST")
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=10)
+    assert error.value.code == 401
+    assert ray.is_initialized()
+
+
+def test_a_connection_within_a_connection_is_the_same(ray_cluster):  # noqa: F811
+    import ray
+
+    before = ray.get_runtime_context().get_job_id()
+    with cluster.connect():
+        assert ray.get_runtime_context().get_job_id() == before
+    assert ray.is_initialized()
+
+
+def test_work_that_reserves_more_than_there_is_is_refused(ray_cluster):  # noqa: F811
+    cluster.require_resources(cpus=4, gpus=0)
+    with pytest.raises(ConfigError, match="has 4 CPUs, and the stages reserve 64: add nodes, or lower"):
+        cluster.require_resources(cpus=64, gpus=0)
+    with pytest.raises(ConfigError, match="has 0 GPUs, and the stages reserve 1"):
+        cluster.require_resources(cpus=1, gpus=1)
+
+
+def test_folders_of_dead_clusters_are_removed_and_those_of_living_ones_kept(temporary):
+    dead = temporary / "vtmix-ray-dead"
+    other = temporary / "other"
+    for folder in (dead, other):
+        folder.mkdir()
+        (folder / "token").write_text("x")
+    with cluster._private_folder() as (files, token):
+        assert not dead.exists()
+        assert other.exists()
+        assert files.is_dir()
+        with cluster._private_folder() as (_, second):
+            assert token.exists()
+            assert second.exists()
+        assert not second.parent.exists()
+    assert list(temporary.iterdir()) == [other]
+
+
+def test_the_environment_is_restored(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with cluster._environment(RAY_AUTH_TOKEN=None, RAY_AUTH_MODE="token"):
+        assert "RAY_AUTH_TOKEN" not in os.environ
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert os.environ["RAY_AUTH_TOKEN"] == "mine"
+    assert "RAY_AUTH_MODE" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("address", "mode", "reason"),
+    [
+        ("192.0.2.1:6379", "disabled", "without authentication"),
+        ("http://127.0.0.1:8265", "token", "cannot join the Ray cluster of RAY_ADDRESS=http://127.0.0.1:8265"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_one_line(address, mode, reason):
+    code = "from vtmix import cluster\nwith cluster.connect(): pass"
+    environment = {**os.environ, "RAY_ADDRESS": address, "RAY_AUTH_MODE": mode}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "vtmix.errors.ConfigError" in done.stderr
+    assert reason in done.stderr
+
+
+@pytest.mark.parametrize(("run", "pools"), [(UPLOADED / "run", None), (Path("/shared/run"), UPLOADED / "pool")])
+def test_a_run_in_an_uploaded_copy_is_refused_with_the_command_to_use(monkeypatch, run, pools):
+    monkeypatch.setattr(sys, "argv", ["jobs/reference.py"])
+    with pytest.raises(ConfigError) as error:
+        cluster.require_durable(RunFolder(run, pools))
+    assert f"stands in the uploaded copy of this job's working directory ({UPLOADED})" in str(error.value)
+    assert '-- python jobs/reference.py --config "$PWD/mixture.yaml"' in str(error.value)
+    assert "-- python jobs/reference.py --run /shared/run" in str(error.value)
+
+
+def test_a_link_into_an_uploaded_copy_is_seen_through(tmp_path):
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1" / "run"
+    copy.mkdir(parents=True)
+    (tmp_path / "run").symlink_to(copy)
+    with pytest.raises(ConfigError):
+        cluster.require_durable(RunFolder(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("run", ["/home/me/run", "/data/working_dir_files/run", "/data/runtime_resources/run"])
+def test_other_folders_are_fine(run):
+    cluster.require_durable(RunFolder(Path(run)))
+
+
+def test_a_locked_token_file_is_what_keeps_a_folder(temporary):
+    folder = temporary / "vtmix-ray-alive"
+    folder.mkdir()
+    with (folder / "token").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        cluster._sweep(temporary)
+        assert folder.exists()
+    cluster._sweep(temporary)
+    assert not folder.exists()
