@@ -278,10 +278,12 @@ def test_a_killed_driver_and_killed_workers_change_nothing(golden, world, orphan
 def kill_workers(folder: Path, parts: int) -> list[int]:
     """Kills one worker of each stage once parts are coming; returns those killed while parts were missing."""
     wait_until(lambda: parts_in(folder) > parts)
-    workers = {title(pid): pid for pid in descendants(os.getpid()) if title(pid).startswith("ray::MapWorker")}
-    for pid in workers.values():
+    titles = {pid: title(pid) for pid in descendants(os.getpid())}
+    stages = ("MapWorker(Map(_Generate))", "MapWorker(Map(_Classify))")
+    workers = [next(pid for pid in titles if stage in titles[pid]) for stage in stages]
+    for pid in workers:
         os.kill(pid, signal.SIGKILL)
-    return list(workers.values()) if parts_in(folder) < BLOCKS else []
+    return workers if parts_in(folder) < BLOCKS else []
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import json
 import numpy as np
 import pytest
 from conftest import CHAT_TEMPLATE
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -63,6 +63,11 @@ def trims_offsets(tokenizer):
 def end_takes_whitespace(tokenizer):
     """As Phi-3's does: the end marker takes the white space after it as its own."""
     tokenizer.backend_tokenizer.add_special_tokens([AddedToken(END, special=True, rstrip=True)])
+
+
+def trims_offsets_without_end_marker(tokenizer):
+    trims_offsets(tokenizer)
+    no_end_marker(tokenizer)
 
 
 def several_templates(tokenizer):
@@ -154,6 +159,7 @@ def test_the_chat_template_is_taken_where_there_is_one(tokenizer, tokenizer_with
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60).filter(str.strip)
 
 
+@settings(deadline=None)
 @given(
     exchanges=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4),
     system=st.none() | TEXT,
@@ -184,8 +190,9 @@ def test_no_start_token_is_made_up(tokenizer, tokenizer_with):
         assert 0 not in encoder_of(found).encode(EXCHANGE).input_ids
 
 
-def test_a_template_without_end_marker_gets_the_end_token_once(tokenizer_with):
-    tokenizer = tokenizer_with(no_end_marker)
+@pytest.mark.parametrize("variant", [no_end_marker, trims_offsets_without_end_marker])
+def test_a_template_without_end_marker_gets_the_end_token_once(tokenizer_with, variant):
+    tokenizer = tokenizer_with(variant)
     encoded = encoder_of(tokenizer).encode(LONG)
     assert spoken(tokenizer, encoded) == [LONG[2].content.rstrip(), LONG[4].content + END]
     assert encoded.input_ids.tolist().count(tokenizer.eos_token_id) == 1

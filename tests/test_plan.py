@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vtmix import mds
 from vtmix.artifacts import EvalSplit, PoolManifest, Weights
 from vtmix.errors import MixtureError
 from vtmix.plan import WINDOW, Arrangement, apportion, arrangement, make_plan, shard_bounds
@@ -210,7 +211,7 @@ def test_shards_tile_the_epoch_in_equal_parts(samples, power):
     sizes = {stop - start for start, stop in bounds}
     assert max(sizes) - min(sizes) <= 1
     assert min(sizes) >= 1
-    assert max(sizes) * 1004 + 400 <= max(1 << power, 1404)
+    assert max(sizes) * 1004 + mds.header_bytes(0, 1 << power) <= 1 << power
 
 
 def test_a_plan_of_ten_billion_samples_over_a_thousand_domains_takes_under_a_second():

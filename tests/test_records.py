@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import records, write_jsonl
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtmix import sources
@@ -256,6 +256,7 @@ LINES = {line: why for line, why in BAD.values() if len(line) < 200} | {
 }
 
 
+@settings(deadline=None)
 @given(
     lines=st.lists(st.sampled_from(sorted(LINES)), max_size=12),
     ends=st.sampled_from([b"\n", b"\r\n"]),
@@ -275,6 +276,7 @@ def test_records_and_line_numbers_do_not_depend_on_where_a_file_is_cut(
     ] == [(str(number), LINES[line]) for number, line in enumerate(lines, 1) if line.strip()]
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 20), group=st.integers(1, 20), part_rows=st.integers(1, 20))
 def test_rows_do_not_depend_on_row_groups_or_parts(tmp_path_factory, rows, group, part_rows):
     folder = tmp_path_factory.getbasetemp()

@@ -10,7 +10,7 @@ import pytest
 from handmade import run_of, write_weights
 
 from vtmix import loop, mds
-from vtmix.artifacts import Plan, run_folder
+from vtmix.artifacts import run_folder
 from vtmix.compile import compile_epoch, open_pools
 from vtmix.config import load
 from vtmix.errors import DamageError, MissingError
@@ -23,7 +23,7 @@ EPOCH = "epoch-0001"
 def intact(tmp_path_factory):
     """A run with two epochs of four shards or so; copy it before changing it."""
     folder = tmp_path_factory.mktemp("intact")
-    config = run_of(folder, samples_per_epoch=40, mixture={"shard_bytes": 8192})
+    config = run_of(folder, samples_per_epoch=40, mixture={"shard_bytes": 4096})
     write_weights(config, 2)
     compile_epoch(config, 1)
     compile_epoch(config, 2)
@@ -39,7 +39,7 @@ def config(intact, tmp_path):
 
 def findings(config, epoch=1):
     run = run_folder(config)
-    return verify(run.mixture(epoch), Plan.read(run.plan(epoch), ""), open_pools(config))
+    return verify(run.mixture(epoch), open_pools(config))
 
 
 def regions(folder, name):
@@ -299,7 +299,7 @@ def test_samples_are_named_from_the_manifests_own_plan(config):
     path = run.mixture(1) / mds.shard_name(1)
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     with_plan = findings(config)
-    assert verify(run.mixture(1), None, open_pools(config)) == with_plan
+    assert verify(run.mixture(1), open_pools(config)) == with_plan
     assert "sample " in with_plan[1]
 
 
@@ -309,8 +309,8 @@ def test_where_the_pools_are_gone_or_changed_the_file_is_named_all_the_same(conf
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     known = open_pools(config)
     first = f"{path}: its bytes have changed"
-    assert [line[: len(first)] for line in verify(run.mixture(1), None, None)][:1] == [first]
+    assert [line[: len(first)] for line in verify(run.mixture(1), None)][:1] == [first]
     shutil.rmtree(run.pool("law"))
-    found = verify(run.mixture(1), None, known)
+    found = verify(run.mixture(1), known)
     assert found[0].startswith(first)
     assert found[1].startswith(f"{path}: the samples cannot be named: ")

@@ -143,12 +143,12 @@ def weights(epoch: Epoch, config: Config = None, run: Run = None) -> None:
 @app.command()
 def plan(epoch: Epoch, config: Config = None, run: Run = None) -> None:
     """Commit an epoch's counts and positions per domain."""
-    from vtmix.compile import describe, open_pools, planned
+    from vtmix.compile import commit_plan, describe, open_pools, planned
 
     settings, folder = load(config, run)
     found = planned(settings, epoch, open_pools(settings))
     say(describe(found, settings))
-    say(f"{_state(found.publish(folder.plan(epoch)))}: {folder.plan(epoch)}")
+    say(f"{_state(commit_plan(settings, found))}: {folder.plan(epoch)}")
 
 
 @app.command("compile")
@@ -182,7 +182,7 @@ def verify(epoch: Epoch, config: Config = None, run: Run = None) -> None:
         pools = open_pools(settings)
     except (MissingError, DamageError):
         pools = None  # damaged files are still named, their samples are not
-    found = find_damage(folder.mixture(epoch), None, pools)
+    found = find_damage(folder.mixture(epoch), pools)
     for line in found:
         say(line)
     if found:

@@ -64,6 +64,12 @@ def planned(config: MixtureConfig, epoch: int, pools: Mapping[str, Pool]) -> Pla
     return committed or plan
 
 
+def commit_plan(config: MixtureConfig, plan: Plan) -> bool:
+    """Commits an epoch's plan; False when it was before, or is written by hand."""
+    path = run_folder(config).plan(plan.epoch)
+    return not path.exists() and plan.publish(path)
+
+
 def _require_epoch(path: Path, found: int, expected: int) -> None:
     if found != expected:
         raise MixtureError(f"{path}: says it is for epoch {found}, expected {expected}: correct it")
@@ -88,8 +94,7 @@ def compile_epoch(config: MixtureConfig, epoch: int, workers: int | None = None)
     if run.plan(epoch).exists() and (committed := _committed(final, inputs)):
         return committed, False
     with commit.lock(run.path, "compile"):
-        if Plan.committed(run.plan(epoch), plan.inputs or {}) is None:
-            plan.publish(run.plan(epoch))
+        commit_plan(config, plan)
         if committed := _committed(final, inputs):
             return committed, False
         return _compile(plan, pools, inputs, final, workers), True

@@ -24,8 +24,8 @@ from vtmix.errors import MixtureError, listing
 WINDOW = 128
 """The window in which every domain's count is held near its share: the paper's batch."""
 CANDIDATES = 64
-SAFETY = 6
-"""Standard deviations of a shard's size kept free below the cap."""
+CONFIDENCE = 20
+"""A shard exceeds its cap with a chance of at most e^-20."""
 
 
 def apportion(weights: Mapping[str, float], samples: int) -> dict[str, int]:
@@ -148,14 +148,22 @@ def _position(name: str, pool: PoolManifest, seed: int, previous: Plan | None) -
 
 
 def _shards(counts: Mapping[str, int], pools: Mapping[str, PoolManifest], shard_bytes: int) -> int:
-    """Shards needed so that none exceeds the cap, the variance of a sample's size being at most mean × largest."""
+    """Shards needed so that none exceeds the cap, whichever samples fall into it.
+
+    A shard of m samples of mean μ and at most L bytes stays below mμ + cL/3 + √((cL/3)² + 2cmμL) but for a chance of
+    e^-c (Bernstein's inequality, the variance being at most μL); one of few samples below mL for certain.
+    """
     used = {name: count for name, count in counts.items() if count}
     samples = sum(used.values())
     mean = 4 + sum(count * pools[name].bytes / pools[name].samples for name, count in used.items()) / samples
-    deviation = SAFETY * math.sqrt(mean * max(pools[name].max_sample_bytes for name in used))
+    largest = 4 + max(pools[name].max_sample_bytes for name in used)
     room = shard_bytes - mds.header_bytes(0, shard_bytes)
-    root = (math.sqrt(deviation**2 + 4 * mean * room) - deviation) / (2 * mean)
-    return min(samples, max(1, math.ceil(samples / max(root**2, 1))))
+    # Bernstein's bound equals the room where (room - mμ)² = (room - mμ)·2cL/3 + 2cmμL; as u = room - mμ this is
+    # u² + (4/3)cLu - 2cL·room = 0, of which u is the positive root.
+    slack = CONFIDENCE * largest
+    spare = math.sqrt((2 * slack / 3) ** 2 + 2 * slack * room) - 2 * slack / 3
+    fitting = max((room - spare) / mean, room // largest, 1)
+    return min(samples, math.ceil(samples / fitting))
 
 
 def _draw(bound: int, *key: object) -> int:

@@ -58,7 +58,10 @@ def _lines(console: Console, description: str, total: int, unit: str) -> Advance
             shown = now
             left = (now - start) * (total - done) / max(done, 1)
             console.print(
-                f"{description}: {done:,}/{total:,} {unit}, {now - start:.0f} s, {left:.0f} s left", highlight=False
+                f"{description}: {done:,}/{total:,} {unit}, {now - start:.0f} s, {left:.0f} s left",
+                markup=False,
+                emoji=False,
+                highlight=False,
             )
 
     return advance

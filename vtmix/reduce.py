@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +19,22 @@ from vtmix.pool import PART_SCHEMA, ipc_bytes, read_ipc
 
 PART_BYTES = 64 << 20
 EVAL_SHARD_BYTES = 1 << 26
-ORDER = ["key", "sample_id", "file", "row"]
 
 
 class EncodedDomain:
-    """The encoded parts of one domain, memory-mapped."""
+    """The encoded parts of one domain, memory-mapped: its training samples and its eval split, each without duplicates
+    and in pool order.
+    """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._tables = [read_ipc(file) for file in files]
-
-    @cached_property
-    def order(self) -> pl.DataFrame:
-        """Every sample in pool order, without its bytes: `file` and `row` say where those are."""
         empty = ENCODED_SCHEMA.empty_table()
-        return pl.concat([_frame(empty, -1), *(_frame(t, n) for n, t in enumerate(self._tables))]).sort(ORDER)
-
-    @cached_property
-    def held_out(self) -> pl.DataFrame:
-        """The eval split in pool order, without duplicates."""
-        return _unique(self.order.filter("held_out"))
-
-    @cached_property
-    def train(self) -> pl.DataFrame:
-        """The samples to train on in pool order, without duplicates."""
-        return _unique(self.order.filter(~pl.col("held_out")))
+        frames = [_frame(empty, -1), *(_frame(table, number) for number, table in enumerate(self._tables))]
+        # Pool order, without the samples' bytes: `file` and `row` say where those are.
+        order = pl.concat(frames).sort(["key", "sample_id", "file", "row"]).drop("key")
+        self.samples = len(order)
+        self.held_out = _unique(order.filter("held_out"))
+        self.train = _unique(order.filter(~pl.col("held_out")))
 
     def where(self, rows: pl.DataFrame) -> list[str]:
         """The file and line each of the rows was read from."""
@@ -68,8 +59,8 @@ def write_pool(folder: Path, encoded: EncodedDomain, leaks: Collection[str], tex
         "tokens": int(train["tokens"].sum()),
         "response_tokens": int(train["response_tokens"].sum()),
         "bytes": int(train["bytes"].sum()),
-        "max_sample_bytes": max(train["bytes"], default=0),
-        "duplicates": len(encoded.order) - len(encoded.train) - len(encoded.held_out),
+        "max_sample_bytes": train.select(pl.col("bytes").max()).item() or 0,
+        "duplicates": encoded.samples - len(encoded.train) - len(encoded.held_out),
         "leaks_dropped": len(encoded.train) - len(train),
         "parts": tuple(_write_parts(folder, encoded, train)),
         "eval": _write_eval(folder / "eval", encoded),

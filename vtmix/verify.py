@@ -67,17 +67,15 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
     for name in {**plan.domains, **manifest.domains}:
         if _share(manifest, name) != (shares := _planned_share(plan, name)):
             yield f"its share of '{name}' (weight, samples, proportion) is not the planned {shares}"
-    totals = {
-        "epoch": plan.epoch,
-        "samples": plan.samples,
-        "tokens": sum(domain.tokens for domain in manifest.domains.values()),
-        "bytes": sum(file.bytes for file in manifest.files[1:]),
-        "files": plan.shards + 1,
-    }
-    stated = {**manifest.model_dump(include=set(totals)), "files": len(names)}
-    for what, total in totals.items():
-        if stated[what] != total:
-            yield f"it says {what} {stated[what]:,}, which should be {total:,}"
+    for what, stated, total in (
+        ("epoch", manifest.epoch, plan.epoch),
+        ("samples", manifest.samples, plan.samples),
+        ("tokens", manifest.tokens, sum(domain.tokens for domain in manifest.domains.values())),
+        ("bytes", manifest.bytes, sum(file.bytes for file in manifest.files[1:])),
+        ("files", len(names), plan.shards + 1),
+    ):
+        if stated != total:
+            yield f"it says {what} {stated:,}, which should be {total:,}"
 
 
 def _share(manifest: Manifest, name: str) -> tuple[float, int, float] | None:
@@ -151,33 +149,28 @@ def require_intact(folder: Path) -> Manifest:
     return manifest
 
 
-def verify(folder: Path, plan: Plan | None, pools: Mapping[str, Pool] | None) -> list[str]:
-    """A sentence for every damage found in a mixture, with the samples it hit where the pools tell them.
-
-    `plan` defaults to the one the manifest holds.
-    """
+def verify(folder: Path, pools: Mapping[str, Pool] | None) -> list[str]:
+    """A sentence for every damage found in a mixture, with the samples it hit where the pools tell them."""
     manifest = open_manifest(folder)
     lines = []
     for file, finding in damages(folder, manifest):
         lines.append(finding)
         path = folder / file.name if file else None
         if file and path and path.suffix == ".mds" and os.path.lexists(path) and _is_regular(path):
-            lines += [f"{path}: {where}" for where in _locate(path, file, manifest, plan, pools)]
+            lines += [f"{path}: {where}" for where in _locate(path, file, manifest, pools)]
     return lines
 
 
-def _locate(
-    path: Path, file: MixtureFile, manifest: Manifest, plan: Plan | None, pools: Mapping[str, Pool] | None
-) -> list[str]:
+def _locate(path: Path, file: MixtureFile, manifest: Manifest, pools: Mapping[str, Pool] | None) -> list[str]:
     if pools is None:
         return ["the samples cannot be named without the pools"]
     try:
-        planned, shard_bytes = _made_from(manifest)
-        writer = ShardWriter(plan or planned, pools, shard_bytes)
+        plan, shard_bytes = _made_from(manifest)
+        writer = ShardWriter(plan, pools, shard_bytes)
         task = writer.tasks()[manifest.files.index(file) - 1]
         whole = b"".join(writer.content(task))
         if hashlib.sha256(whole).hexdigest() != file.sha256:
-            return ["the samples cannot be named, since the plan or the pools are not what they were"]
+            return ["the samples cannot be named, since the pools are not what they were"]
         return _changes(whole, path.read_bytes(), writer.sample_ids(task))
     except (VtmixError, OSError, IndexError) as error:
         return [f"the samples cannot be named: {error}"]

@@ -59,7 +59,7 @@ class Session:
             progress_bar=False,
             load_path=str(state) if state else None,
             accumulate_train_batch_on_tokens=True,
-            # Spinning replays an epoch's order from earlier epochs' data, which every mixture replaces.
+            # Spinning would draw from a mixture once for every epoch before it, and after a resume it would not.
             spin_dataloaders=False,
             seed=config.seed % 2**32,
             dist_timeout=TIMEOUT_SECONDS,
@@ -103,6 +103,7 @@ class Session:
         self._tokenizer.save_pretrained(staging)
         for path in staging.iterdir():
             with path.open("rb") as file:
+                os.fchmod(file.fileno(), 0o644)
                 os.fsync(file.fileno())
         commit.publish_folder(staging, final)
 
