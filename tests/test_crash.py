@@ -81,7 +81,7 @@ class Run:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Three shards: few events, so that every one of them can be the last."""
-    return Run(tmp_path_factory.mktemp("small"), samples_per_epoch=60, mixture={"shard_bytes": 12_288})
+    return Run(tmp_path_factory.mktemp("small"), samples_per_epoch=60, mixture={"shard_bytes": 8192})
 
 
 @pytest.fixture(scope="module")

@@ -311,6 +311,12 @@ def test_a_template_that_refuses_says_why(tokenizer_with, template, reason):
         encoder.encode(EXCHANGE)
 
 
+def test_a_template_that_writes_the_date_gives_the_same_sample_on_any_day(tokenizer_with):
+    dated = "{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE
+    tokenizer = tokenizer_with(lambda tokenizer: setattr(tokenizer, "chat_template", dated))
+    assert tokenizer.decode(encoder_of(tokenizer).encode(EXCHANGE).input_ids).startswith("01 Jan 2025<|im_start|>user")
+
+
 def test_a_batch_gives_what_each_conversation_gives_alone(tokenizer, monkeypatch):
     monkeypatch.setattr(encode, "BATCH", 3)
     encoder = encoder_of(tokenizer, max_length=len(encoder_of(tokenizer).encode(LONG).input_ids) - 3)

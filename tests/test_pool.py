@@ -572,17 +572,49 @@ def test_a_build_that_cannot_write_says_so_and_publishes_only_whole_pools(interr
         interrupted.check("run")
 
 
-def test_encoded_parts_cut_otherwise_are_not_taken_up(shared, project, tmp_path, monkeypatch):
-    path = project()
+def refused(path):
+    """A configuration whose build encoded every domain and published none."""
+    data = path.parent / "data" / "code.jsonl"
+    settled = data.read_text()
+    data.write_text(settled + "{}\n")
     config = load(path)
-    with (tmp_path / "data" / "code.jsonl").open("a") as file:
-        file.write("{}\n")
     with pytest.raises(RecordError):
-        build(config, workers=1)  # law and medicine are encoded by now
-    write_jsonl(tmp_path / "data" / "code.jsonl", records("code", 60))
-    monkeypatch.setattr(sources, "PART_BYTES", 1500)
+        build(config, workers=1)
+    data.write_text(settled)
+    return config
+
+
+def staging(config, domain):
+    (folder,) = folder_of(config).glob(f".staging-{domain}.*")
+    return folder
+
+
+def test_encoded_parts_are_taken_up_by_the_next_build(shared, project):
+    config = refused(project())
+    encoded = staging(config, "law") / "encoded"
+    before = stamps(encoded)
+    refused(config.root / "mixture.yaml")
+    assert stamps(encoded) == before
     build(config, workers=1)
     assert content(config) == content(shared[0])
+
+
+def test_encoded_parts_cut_otherwise_are_not_taken_up(shared, project, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "PART_BYTES", 1500)
+        config = refused(project())
+    build(config, workers=1)
+    assert content(config) == content(shared[0])
+
+
+def test_files_of_an_interrupted_build_are_not_published(shared, project):
+    config = refused(project())
+    (staging(config, "law") / "eval").mkdir()
+    for stray in ("part-00007.arrow", "part-00007.arrow.tmp", "eval/shard.00007.mds"):
+        (staging(config, "law") / stray).write_bytes(b"stray")
+    build(config, workers=1)
+    assert content(config) == content(shared[0])
+    assert not list(folder_of(config).glob(".staging-*"))
 
 
 # Reading

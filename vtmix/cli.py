@@ -248,7 +248,10 @@ def _status(settings: "MixtureConfig", folder: "RunFolder") -> None:
     if not found:
         say(f"{folder.path}: nothing trained yet")
         return
-    Console().print(table(found))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=100)  # what a file or a pipe can hold, not the 80 columns rich assumes
+    console.print(table(found))
     say(f"everything this run made: {folder.path}")
 
 

@@ -22,8 +22,10 @@ from vtmix.pool import open_pool
 from vtmix.reduce import EncodedDomain, write_pool
 from vtmix.sources import SourceParts, open_source
 
-WORKER_BYTES = 8 << 20
-"""A worker process is worth its start (seconds of imports) from about so much text on."""
+WORKER_BYTES = 16 << 20
+"""Text from which on another worker process is worth its start: seconds of imports, and the tokenizer itself uses every
+core within one process.
+"""
 LISTED = 100
 ENCODED = "encoded"
 
@@ -155,7 +157,9 @@ def _encode_all(buildings: Sequence[_Building], backend: distribute.Backend, wor
         commit.make_folder(building.staging / ENCODED)
     if workers is None and backend != "ray":
         text = sum(task.part.size for task in tasks if not task.out.exists())
-        workers = max(1, min(distribute.cores(), len(tasks), text // WORKER_BYTES))
+        workers = min(distribute.cores(), text // WORKER_BYTES)
+    if workers is not None:
+        workers = max(1, min(workers, len(tasks)))
     found = []
     with progress.bar("encoding records", len(tasks), "parts") as advance:
         for encodings in distribute.run(encode_part, tasks, backend=backend, workers=workers):
