@@ -22,7 +22,7 @@ from vtmix.errors import ConflictError, DamageError, MixtureError
 from vtmix.plan import arrangement, shard_bounds
 from vtmix.pool import Pool
 
-GATHER_BYTES = 1 << 20
+GATHER_BYTES = 1 << 19
 """Samples are gathered, hashed and written in runs of about this size, which stay in a core's cache throughout."""
 
 
