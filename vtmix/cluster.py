@@ -119,7 +119,8 @@ def _started(cpus: float) -> Iterator[None]:
 
     with _private_folder() as (files, token), _environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token)):
         try:
-            with _quiet(), _environment(RAY_AUTH_TOKEN=None, RAY_USAGE_STATS_ENABLED="0"):
+            # Ray's workers would give way to every other process (niceness 15), though they do the work waited for.
+            with _quiet(), _environment(RAY_AUTH_TOKEN=None, RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0"):
                 # Ray reads its environment when it is imported, which may have been before it was set.
                 ray._raylet.Config.initialize("")
                 ray.init(

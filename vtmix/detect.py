@@ -167,8 +167,10 @@ def _pipeline(
         num_gpus=classifying.gpus,
     )
     try:
-        for row in files.iter_rows():
-            yield Block(*row["block"]), row["part"]
+        # Without prefetching: that would hold each part back until the next one is ready.
+        for table in files.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
+            for row in table.to_pylist():
+                yield Block(*row["block"]), row["part"]
     except ray.exceptions.RayError as error:
         raise _explained(error) from error
 
