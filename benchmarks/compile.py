@@ -26,9 +26,9 @@ import vtmix
 from vtmix import compile as compiler
 from vtmix import config, mds
 from vtmix.artifacts import Weights, run_folder
-from vtmix.config import MixtureConfig
 from vtmix.errors import VtmixError
 from vtmix.pooling import build
+from vtmix.settings import MixtureConfig
 
 ROOT = Path(vtmix.__file__).resolve().parent.parent
 CORPUS = ROOT.parent / "shared" / "data"

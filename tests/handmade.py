@@ -13,8 +13,9 @@ import yaml
 
 from vtmix import mds
 from vtmix.artifacts import EvalSplit, PoolManifest, PoolPart, Weights, run_folder
-from vtmix.config import MixtureConfig, load
+from vtmix.config import load
 from vtmix.pool import PART_SCHEMA
+from vtmix.settings import MixtureConfig
 
 SIZES = {"law": 90, "medicine": 40, "code": 25}
 SHARES = {"law": 0.5, "medicine": 0.2, "code": 0.3}

@@ -21,11 +21,12 @@ from test_generate import altered, silent
 
 from vtmix import cluster, commit, detect, pool, pooling
 from vtmix.artifacts import DetectionReport, run_folder
-from vtmix.config import MixtureConfig, load
+from vtmix.config import load
 from vtmix.encode import load_tokenizer
 from vtmix.errors import ConflictError, DamageError, DetectionError, LockedError, MissingError
 from vtmix.generate import sampling
 from vtmix.samples import Block, Parts, Sample, schema_of
+from vtmix.settings import MixtureConfig
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"iterations": 2, "samples": 204, "block": 8, "max_tokens": 16, "precision": "fp32"}

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from vtmix import encode
-from vtmix.config import Encoding
 from vtmix.encode import IGNORED, PLAIN_TEMPLATE, Encoder, load_tokenizer, tokenizer_digest
 from vtmix.errors import ConfigError
 from vtmix.records import Invalid, Turn
+from vtmix.settings import Encoding
 
 BOS, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 UNMARKED_TEMPLATE = (

@@ -18,6 +18,7 @@ HEAVY = {"torch", "transformers", "ray", "streaming", "composer", "datasets", "s
 # Each line may import from the lines above it, and from its own.
 LAYERS = [
     {"errors"},
+    {"settings"},
     {"config", "commit", "progress", "distribute"},
     {"artifacts"},
     {"mds", "records", "sources", "samples", "cluster", "schemas"},

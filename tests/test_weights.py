@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vtmix.artifacts import DomainLoss, Losses, Reference, ReferenceLoss
-from vtmix.config import WeightsSettings
 from vtmix.errors import LossError, MixtureError
+from vtmix.settings import WeightsSettings
 from vtmix.weights import Signal, first_weights, initial, lift, next_weights, normalise, update
 
 positive = st.floats(min_value=1e-300, max_value=1e300)

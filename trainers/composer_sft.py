@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtmix.config import DEFAULT_PATH, MixtureConfig, load
+from vtmix.config import DEFAULT_PATH, load
 from vtmix.errors import MissingError, VtmixError
+from vtmix.settings import MixtureConfig
 
 if TYPE_CHECKING:
     from with_composer.session import Session

@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from vtmix import commit
-from vtmix.config import DomainName, MixtureConfig, Model, flatten
+from vtmix.config import flatten
 from vtmix.errors import ConflictError, DamageError, MissingError, listing
+from vtmix.settings import DomainName, MixtureConfig, Model
 
 Inputs = dict[str, Any]
 Count = Annotated[int, Field(ge=0)]

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from pydantic import Field
 
 from vtmix.artifacts import Artefact, ClassifierReport, Inputs
-from vtmix.config import DomainName
 from vtmix.errors import ConfigError, DetectionError, listing
+from vtmix.settings import DomainName
 
 Matrix = npt.NDArray[np.float64]
 

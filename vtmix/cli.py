@@ -14,7 +14,7 @@ from vtmix.errors import ConfigError, MissingError, VtmixError
 
 if TYPE_CHECKING:
     from vtmix.artifacts import PoolManifest, RunFolder
-    from vtmix.config import MixtureConfig
+    from vtmix.settings import MixtureConfig
 
 app = typer.Typer(
     name="vtmix",
@@ -193,7 +193,7 @@ def verify(epoch: Epoch, config: Config = None, run: Run = None) -> None:
 @app.command()
 def run(config: Config = None, run: Run = None) -> None:
     """Run every stage: pools, detection, reference losses, then training with a new mixture each epoch."""
-    from vtmix.config import DETECTING, REFERENCING
+    from vtmix.settings import DETECTING, REFERENCING
 
     settings, folder = load(config, run)
     with _stage("pools"):

@@ -21,10 +21,10 @@ from vtmix.artifacts import (
     fingerprint,
     run_folder,
 )
-from vtmix.config import MixtureConfig
 from vtmix.errors import ConflictError, MixtureError, VtmixError
 from vtmix.plan import make_plan
 from vtmix.pool import Pool, open_pool
+from vtmix.settings import MixtureConfig
 from vtmix.shards import ShardReport, ShardWriter
 
 MANIFEST = "manifest.json"

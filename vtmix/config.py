@@ -1,214 +1,21 @@
-"""mixture.yaml as frozen models: what a run is made from.
+"""Reading mixture.yaml: from a file to settings, or to one message that names everything wrong with it.
 
-Unknown keys are errors that name the nearest known one; every offender is reported at once. Relative paths refer to
-the folder of mixture.yaml. `vtmix init` writes a commented template; schemas/mixture.schema.json completes it in
-editors.
+Unknown keys are errors that name the nearest known one; every offender is reported at once. `vtmix init` writes a
+commented template; schemas/mixture.schema.json completes it in editors.
 """
 
 import difflib
-import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Any, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ValidationError
 
 from vtmix.errors import ConfigError, listing
+from vtmix.settings import MixtureConfig
 
-DOMAIN_PATTERN = r"^[a-z][a-z0-9_-]{0,31}$"
 DEFAULT_PATH = Path("mixture.yaml")
-
-DomainName = Annotated[str, StringConstraints(pattern=DOMAIN_PATTERN)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Model(BaseModel):
-    """Base of every model here: immutable, and strict about keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class LanguageModel(Model):
-    """A causal language model: a hub name or a local folder; given as a string, it is the name."""
-
-    name: Annotated[str, Field(min_length=1, description="hub name, or folder relative to mixture.yaml")]
-    revision: Annotated[str | None, Field(description="commit or tag on the hub")] = None
-
-
-class Source(Model):
-    """Records of one domain: a JSONL or Parquet file (or glob), or a Hugging Face dataset."""
-
-    path: Annotated[str | None, Field(description="*.jsonl or *.parquet file; globs allowed")] = None
-    dataset: Annotated[str | None, Field(description="Hugging Face dataset: hub name or folder")] = None
-    config: Annotated[str | None, Field(description="the dataset's configuration")] = None
-    split: Annotated[str, Field(description="the dataset's split")] = "train"
-    prompt: Annotated[str, Field(description="field that holds the prompt")] = "prompt"
-    response: Annotated[str, Field(description="field that holds the response")] = "response"
-    messages: Annotated[str, Field(description="field that holds a chat: a list of {role, content}")] = "messages"
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        if (self.path is None) == (self.dataset is None):
-            raise ValueError("give exactly one of 'path' (JSONL or Parquet) and 'dataset' (Hugging Face)")
-        return self
-
-
-def _as_model(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _as_sources(value: Any) -> Any:
-    items = value if isinstance(value, list) else [value]
-    return [{"path": item} if isinstance(item, str) else item for item in items]
-
-
-ModelField = Annotated[LanguageModel, BeforeValidator(_as_model, json_schema_input_type=str | LanguageModel)]
-SourcesField = Annotated[
-    tuple[Source, ...],
-    BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source]),
-]
-
-
-class Domain(Model):
-    """One domain's data. Without `eval`, a share of `train` is held out by hash."""
-
-    train: Annotated[SourcesField, Field(min_length=1)]
-    eval: SourcesField = ()
-
-
-class Encoding(Model):
-    """How a conversation becomes token ids and labels."""
-
-    template: Annotated[
-        Literal["auto", "chat", "plain"],
-        Field(description="auto: the tokenizer's chat template when it has one, else the plain one"),
-    ] = "auto"
-    max_length: Annotated[int, Field(ge=8, le=1 << 24, description="tokens")] = 2048
-    overlong: Annotated[
-        Literal["truncate", "drop"],
-        Field(description="truncate: cut the end; a sample left without a response token is dropped. Both are counted"),
-    ] = "truncate"
-
-
-class Pool(Model):
-    """How a domain's records become the pool that every epoch draws from."""
-
-    folder: Annotated[str | None, Field(description="a pool folder shared by several runs; default: <run>/pool")] = None
-    seed: Annotated[int, Field(ge=0, description="fixes pool order and the held-out split")] = 0
-    eval_fraction: Annotated[float, Field(gt=0, lt=1, description="held out by hash, where `eval` is absent")] = 0.05
-    max_bad_records: Annotated[int, Field(ge=0, description="more rejected records than this stop the build")] = 0
-    leak: Annotated[
-        Literal["stop", "drop"], Field(description="a training sample that also stands in an eval split")
-    ] = "stop"
-    texts: Annotated[int, Field(ge=0, description="texts kept per domain, which the classifier is fitted on")] = 2000
-
-
-class Probe(Model):
-    """The linear probe: static embeddings and a logistic regression fitted on the pools' texts."""
-
-    kind: Literal["probe"] = "probe"
-    heldout: Annotated[float, Field(gt=0, lt=1, description="share of the texts that measures the probe")] = 0.2
-
-
-class Resources(Model):
-    """What each actor of a Ray stage reserves."""
-
-    actors: Annotated[int, Field(ge=1)] = 1
-    cpus: Annotated[float, Field(gt=0, description="per actor; fractional, so that 2 cores never deadlock")] = 0.5
-    gpus: Annotated[float, Field(ge=0, description="per actor")] = 0
-
-
-class Detection(Model):
-    """Algorithm 1: sample the base model from its start token and classify what it says."""
-
-    iterations: Annotated[int, Field(ge=1)] = 5
-    samples: Annotated[int, Field(ge=1, description="per iteration")] = 40_000
-    max_tokens: Annotated[int, Field(ge=1)] = 256
-    block: Annotated[int, Field(ge=1, description="samples generated, classified and committed together")] = 256
-    start_token: Annotated[str | None, Field(description="default: the tokenizer's bos_token, else its eos_token")] = (
-        None
-    )
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    device: Annotated[str, Field(description="auto, cpu, cuda")] = "auto"
-    classifier: Probe = Probe()
-    max_unclassified: Annotated[Share, Field(description="a larger share refuses the detection")] = 0.2
-    generate: Resources = Resources(cpus=1)
-    classify: Resources = Resources()
-
-
-class Reference(Model):
-    """The mastery ceiling: a model fine-tuned on each domain alone; its lowest held-out loss counts."""
-
-    model: Annotated[ModelField | None, Field(description="default: the model itself")] = None
-    epochs: Annotated[int, Field(ge=1)] = 3
-    samples: Annotated[int | None, Field(ge=1, description="per epoch and domain; default: the whole pool")] = None
-    batch_size: Annotated[int, Field(ge=1)] = 16
-    lr: Annotated[float, Field(gt=0)] = 2e-5
-    device: Annotated[str, Field(description="auto, cpu, cuda")] = "auto"
-    precision: Annotated[str, Field(description="auto (bf16 on cuda, else fp32), fp32, bf16")] = "auto"
-    resources: Resources = Resources(cpus=1)
-
-
-Algorithm = Literal["uniform", "inverse", "constant", "versatune"]
-DETECTING: frozenset[str] = frozenset({"inverse", "constant", "versatune"})
-REFERENCING: frozenset[str] = frozenset({"versatune"})
-
-
-class WeightsSettings(Model):
-    """Which rule moves the weights, and its settings (versatune: arXiv 2411.11266, Algorithm 2)."""
-
-    algorithm: Algorithm = "versatune"
-    sigma: Annotated[float, Field(ge=0, description="step size; the paper uses 0.5")] = 0.5
-    floor: Annotated[Share, Field(description="no domain's weight falls below this")] = 0.0
-    update_before_first_epoch: Annotated[
-        bool, Field(description="evaluate the base model and update once before epoch 1 (Algorithm 2 to the letter)")
-    ] = False
-
-
-class Mixture(Model):
-    """How an epoch's samples become shards."""
-
-    shard_bytes: Annotated[
-        int, Field(ge=1 << 10, le=(1 << 32) - 1, description="largest shard; offsets are uint32, so below 4 GiB")
-    ] = 1 << 26
-    max_passes: Annotated[float | None, Field(gt=0, description="refuse an epoch that repeats a pool more often")] = (
-        None
-    )
-
-
-class Training(Model):
-    """The Composer trainer."""
-
-    batch_size: Annotated[int, Field(ge=1, description="samples per step, over all ranks")] = 128
-    microbatch_size: Annotated[int | Literal["auto"] | None, Field(description="per device; auto: on GPUs only")] = None
-    eval_batch_size: Annotated[int, Field(ge=1, description="per device")] = 16
-    eval_samples: Annotated[int | None, Field(ge=1, description="per domain; default: the whole eval split")] = None
-    lr: Annotated[float, Field(gt=0)] = 2e-5
-    warmup: Annotated[Share, Field(description="share of all steps, linear; then cosine to 0 over all epochs")] = 0.03
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: Annotated[float | None, Field(gt=0)] = 1.0
-    device: Annotated[str, Field(description="auto, cpu, gpu")] = "auto"
-    precision: Annotated[str, Field(description="auto (amp_bf16 on GPUs, fp32 on CPUs), or Composer's name")] = "auto"
-    fsdp: Annotated[dict[str, Any] | None, Field(description="Composer's FSDP settings; null: none")] = None
-    checkpoint_steps: Annotated[int | None, Field(ge=1, description="save within epochs too, every so many steps")] = (
-        None
-    )
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
-    processes: Annotated[int, Field(ge=1, description="ranks that `vtmix run` starts on this machine")] = 1
-
 
 # Settings that say how the work is carried out, not what comes out: they may change within a run.
 EXECUTION_ONLY = frozenset(
@@ -230,49 +37,6 @@ EXECUTION_ONLY = frozenset(
         "training.processes",
     }
 )
-
-
-class MixtureConfig(Model):
-    """mixture.yaml, validated. Domain order is the order in the file."""
-
-    run: Annotated[str, Field(min_length=1, description="the run folder")] = "run"
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    model: ModelField
-    domains: Annotated[dict[DomainName, Domain], Field(min_length=1)]
-    epochs: Annotated[int, Field(ge=1, le=9999)] = 4
-    samples_per_epoch: Annotated[int, Field(ge=1)] = 60_000
-    encoding: Encoding = Encoding()
-    pool: Pool = Pool()
-    detection: Detection = Detection()
-    reference: Reference = Reference()
-    weights: WeightsSettings = WeightsSettings()
-    mixture: Mixture = Mixture()
-    training: Training = Training()
-
-    _root: Path = PrivateAttr(default=Path())
-
-    @model_validator(mode="after")
-    def _floor_fits(self) -> Self:
-        if self.weights.floor * len(self.domains) > 1:
-            raise ValueError(
-                f"weights.floor {self.weights.floor} times {len(self.domains)} domains exceeds 1: "
-                f"lower it to {1 / len(self.domains):.4g} or less"
-            )
-        return self
-
-    @property
-    def root(self) -> Path:
-        """The absolute folder that relative paths refer to."""
-        return self._root
-
-    def resolve(self, path: str) -> Path:
-        """The absolute form of a path given in mixture.yaml."""
-        return Path(os.path.normpath(self._root / Path(path).expanduser()))
-
-    def model_location(self, model: LanguageModel) -> str:
-        """A local folder's absolute path if there is one of that name, else the hub name."""
-        folder = self.resolve(model.name)
-        return str(folder) if folder.is_dir() else model.name
 
 
 def load(path: str | Path | None = None, run: str | Path | None = None) -> MixtureConfig:
@@ -387,8 +151,3 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
         if not steers and old.get(key) != new.get(key):
             lines.append(f"{key} was {old.get(key)!r}, is now {new.get(key)!r}")
     return lines
-
-
-def is_domain_name(name: str) -> bool:
-    """Whether a name can be a domain's, and so a folder's."""
-    return re.fullmatch(DOMAIN_PATTERN, name) is not None

@@ -16,11 +16,11 @@ import polars as pl
 
 from vtmix import classify, cluster, commit, estimate, generate, pool, progress
 from vtmix.artifacts import ClassifierReport, DetectionReport, Inputs, PoolManifest, RunFolder, run_folder
-from vtmix.config import MixtureConfig
 from vtmix.distribute import cores
 from vtmix.encode import load_tokenizer, tokenizer_digest
 from vtmix.errors import DetectionError
 from vtmix.samples import Block, Parts, Sample, blocks_of
+from vtmix.settings import MixtureConfig
 
 
 def detect(config: MixtureConfig) -> DetectionReport:

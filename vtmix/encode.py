@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vtmix.config import Encoding
 from vtmix.errors import ConfigError
 from vtmix.mds import IntArray
 from vtmix.records import Conversation, Invalid
+from vtmix.settings import Encoding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from vtmix.config import MixtureConfig
 from vtmix.encode import load_tokenizer
 from vtmix.errors import ConfigError, DetectionError
 from vtmix.samples import Sample
+from vtmix.settings import MixtureConfig
 
 if TYPE_CHECKING:
     import torch

@@ -26,8 +26,8 @@ from vtmix.artifacts import (
     run_folder,
 )
 from vtmix.compile import MANIFEST, compile_epoch, open_pools
-from vtmix.config import DETECTING, REFERENCING, MixtureConfig
 from vtmix.errors import ConflictError, MissingError, listing
+from vtmix.settings import DETECTING, REFERENCING, MixtureConfig
 from vtmix.verify import require_intact
 from vtmix.weights import check_losses, first_weights, next_weights
 

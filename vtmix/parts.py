@@ -13,11 +13,11 @@ from typing import Any
 import pyarrow as pa
 
 from vtmix import commit, mds
-from vtmix.config import Encoding
 from vtmix.encode import Encoded, Encoder, load_tokenizer, tokenizer_digest
 from vtmix.errors import ConfigError
 from vtmix.pool import PART_SCHEMA, ipc_bytes
 from vtmix.records import BadRecord, Conversation, Invalid, sample_id, text_of
+from vtmix.settings import Encoding
 from vtmix.sources import Part, read_part
 
 ENCODED_SCHEMA = pa.schema(

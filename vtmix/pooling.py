@@ -14,12 +14,12 @@ import polars as pl
 
 from vtmix import commit, distribute, mds, progress
 from vtmix.artifacts import Inputs, PoolManifest, fingerprint, run_folder
-from vtmix.config import LanguageModel, MixtureConfig
 from vtmix.encode import load_tokenizer, tokenizer_digest
 from vtmix.errors import LeakError, RecordError, listing
 from vtmix.parts import EncodeTask, Encodings, encode_part
 from vtmix.pool import open_pool
 from vtmix.reduce import EncodedDomain, write_pool
+from vtmix.settings import LanguageModel, MixtureConfig
 from vtmix.sources import SourceParts, open_source
 
 WORKER_BYTES = 16 << 20

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vtmix.config import Source
+from vtmix.settings import Source
 
 ROLES = ("system", "user", "assistant")
 

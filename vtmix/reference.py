@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vtmix import batches, cluster, commit, pool, pooling, progress
 from vtmix.artifacts import DomainLoss, Inputs, PoolManifest, Reference, ReferenceLoss, RunFolder, run_folder
-from vtmix.config import LanguageModel, MixtureConfig
-from vtmix.config import Reference as Settings
 from vtmix.encode import load_tokenizer, tokenizer_digest
 from vtmix.errors import ConfigError, LossError, MixtureError
+from vtmix.settings import LanguageModel, MixtureConfig
+from vtmix.settings import Reference as Settings
 
 if TYPE_CHECKING:
     import torch

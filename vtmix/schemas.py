@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from vtmix.artifacts import SCHEMAS
-from vtmix.config import MixtureConfig
+from vtmix.settings import MixtureConfig
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vtmix.config import MixtureConfig, Source
 from vtmix.errors import RecordError, listing
 from vtmix.records import BadRecord, Conversation, Invalid, conversation
+from vtmix.settings import MixtureConfig, Source
 
 PART_BYTES = 4 << 20
 PART_ROWS = 4096

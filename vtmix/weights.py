@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vtmix.artifacts import DomainLoss, Inputs, Losses, Reference, Weights, WeightTerms
-from vtmix.config import WeightsSettings
 from vtmix.errors import LossError, MixtureError, listing
+from vtmix.settings import WeightsSettings
 
 Shares = dict[str, float]
 Unit = Literal["nats_per_token", "nats_per_byte"]

@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 import torch
 from composer.utils import dist, get_device
 
-from vtmix.config import MixtureConfig
 from vtmix.errors import ConfigError, VtmixError
+from vtmix.settings import MixtureConfig
 
 Result = TypeVar("Result")
 

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 
 from vtmix import batches, commit, progress
 from vtmix.artifacts import DomainLoss, run_folder
-from vtmix.config import MixtureConfig
 from vtmix.encode import load_tokenizer
 from vtmix.errors import ConfigError
 from vtmix.loop import Mixture
+from vtmix.settings import MixtureConfig
 from with_composer.callbacks import LearningRate, Progress, Saver, StepLog
 from with_composer.model import LOSS, ResponseModel
 from with_composer.ranks import TIMEOUT_SECONDS, device_of, on_rank_zero
