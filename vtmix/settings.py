@@ -101,7 +101,67 @@ class Probe(Model):
     """The linear probe: static embeddings and a logistic regression fitted on the pools' texts."""
 
     kind: Literal["probe"] = "probe"
-    heldout: Annotated[float, Field(gt=0, lt=1, description="share of the texts that measures the probe")] = 0.2
+    folds: Annotated[int, Field(ge=2, description="every text is judged by a fit without its fold, to measure it")] = 5
+
+
+class VllmEnvironment(Model):
+    """An environment of its own, where vLLM runs: it needs another PyTorch than the trainer."""
+
+    python: Annotated[str, Field(description="its interpreter, relative to mixture.yaml; `make vllm-env` builds it")]
+    tensor_parallel: Annotated[int, Field(ge=1, description="GPUs that one model is spread over")] = 1
+    arguments: Annotated[
+        dict[str, Any], Field(description="more of vLLM's engine arguments, such as gpu_memory_utilization")
+    ] = {}
+
+
+class Transformers(Model):
+    """Generation with transformers: no further environment, on any device."""
+
+    kind: Literal["transformers"] = "transformers"
+
+
+class Vllm(VllmEnvironment):
+    """Generation with vLLM."""
+
+    kind: Literal["vllm"]
+
+
+class Question(Model):
+    """What a judge is asked. It answers with one of the markers, whose probabilities are read from its next token."""
+
+    prompt: Annotated[str, Field(description="holds {text} and {options}; default: see vtmix/judge.py")] | None = None
+    options: Annotated[
+        dict[DomainName, str], Field(description="how a domain is put to the judge; default: its name")
+    ] = {}
+    markers: Annotated[
+        tuple[str, ...] | None, Field(description="one per domain, with different first tokens; default: A, B, …")
+    ] = None
+    permutations: Annotated[
+        int, Field(ge=1, description="orders of the options to average over, against position bias; k: all places")
+    ] = 1
+    heldout: Annotated[int, Field(ge=1, description="labelled texts per domain that measure the judge")] = 100
+
+
+class Judge(Question, VllmEnvironment):
+    """A language model in vLLM that is asked for the domain: one forward pass per text and permutation."""
+
+    kind: Literal["judge"]
+    model: Annotated[ModelField | None, Field(description="default: the model itself")] = None
+
+
+class Endpoint(Question):
+    """A judge behind an OpenAI-compatible server. The key is read from the environment and written nowhere."""
+
+    kind: Literal["endpoint"]
+    url: Annotated[str, Field(pattern="^https?://", description="with its version: http://127.0.0.1:8000/v1")]
+    model: Annotated[str, Field(min_length=1, description="as the server names it")]
+    api: Annotated[
+        Literal["chat", "completions"], Field(description="completions: for models without a chat template")
+    ] = "chat"
+    key: Annotated[str, Field(description="the environment variable that holds the key")] = "OPENAI_API_KEY"
+    concurrency: Annotated[int, Field(ge=1, description="requests under way at a time, per actor")] = 32
+    timeout: Annotated[float, Field(gt=0, description="seconds per request")] = 60
+    retries: Annotated[int, Field(ge=0, description="after 429, 5xx and timeouts, with growing pauses")] = 8
 
 
 class Resources(Model):
@@ -112,11 +172,24 @@ class Resources(Model):
     gpus: Annotated[float, Field(ge=0, description="per actor")] = 0
 
 
+PublishedName = Literal[
+    "llama-2-7b", "llama-2-13b", "llama-3-8b", "qwen-1.5-7b", "qwen-2-7b", "qwen-2.5-7b", "qwen-2.5-14b"
+]
+
+
 class Detection(Model):
     """Algorithm 1: sample the base model from its start token and classify what it says."""
 
+    published: Annotated[
+        PublishedName | None,
+        Field(description="take the paper's counts for this model instead of sampling; domains as in the paper"),
+    ] = None
     iterations: Annotated[int, Field(ge=1)] = 5
     samples: Annotated[int, Field(ge=1, description="per iteration")] = 40_000
+    stop_at_margin: Annotated[
+        float | None,
+        Field(gt=0, lt=1, description="stop once every domain's share is known to ± this (95 %); default: never"),
+    ] = None
     max_tokens: Annotated[int, Field(ge=1)] = 256
     block: Annotated[int, Field(ge=1, description="samples generated, classified and committed together")] = 256
     start_token: Annotated[str | None, Field(description="default: the tokenizer's bos_token, else its eos_token")] = (
@@ -124,7 +197,11 @@ class Detection(Model):
     )
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     device: Annotated[str, Field(description="auto, cpu, cuda")] = "auto"
-    classifier: Probe = Probe()
+    engine: Annotated[Transformers | Vllm, Field(discriminator="kind")] = Transformers()
+    classifier: Annotated[Probe | Judge | Endpoint, Field(discriminator="kind")] = Probe()
+    correct: Annotated[
+        bool, Field(description="take the shares corrected by the classifier's confusion matrix for the distribution")
+    ] = False
     max_unclassified: Annotated[Share, Field(description="a larger share refuses the detection")] = 0.2
     generate: Resources = Resources(cpus=1)
     classify: Resources = Resources()
