@@ -19,14 +19,14 @@ HEAVY = {"torch", "transformers", "ray", "streaming", "composer", "datasets", "s
 LAYERS = [
     {"errors"},
     {"settings"},
-    {"config", "commit", "progress", "distribute"},
+    {"config", "commit", "progress", "distribute", "environments", "engine", "published", "forecast"},
     {"artifacts"},
     {"mds", "records", "sources", "samples", "cluster", "schemas"},
-    {"encode", "weights", "plan", "pool", "batches", "checkpoints", "estimate"},
-    {"parts", "reduce", "pooling", "shards", "generate", "classify"},
+    {"encode", "weights", "plan", "pool", "batches", "checkpoints", "estimate", "classify"},
+    {"parts", "reduce", "pooling", "shards", "generate", "probe", "judge", "stages"},
     {"compile"},
     {"verify", "detect", "reference"},
-    {"loop", "status"},
+    {"loop", "status", "show"},
     {"cli"},
 ]
 

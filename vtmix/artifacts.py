@@ -180,10 +180,19 @@ class DetectionReport(Artefact):
     """The knowledge distribution with error bars (detection/detection.json)."""
 
     distribution: Annotated[dict[DomainName, Probability], Field(description="sums to 1 over the domains")]
-    shares: dict[DomainName, DomainShare] = {}
+    knowledge: Annotated[
+        str | None, Field(description="how it is known: detected, detected and corrected, published for …")
+    ] = None
+    shares: Annotated[dict[DomainName, DomainShare], Field(description="as classified, before renormalising")] = {}
+    corrected: Annotated[
+        dict[DomainName, DomainShare], Field(description="corrected by the classifier's confusion matrix; sums to 1")
+    ] = {}
     unclassified: Annotated[Probability, Field(description="mass outside the domains, before renormalising")] = 0.0
-    samples: Count = 0
+    samples: Annotated[Count, Field(description="samples spent: fewer than were asked for where it stopped early")] = 0
     tokens: Annotated[Count, Field(description="generated tokens")] = 0
+    paper_tokens: Annotated[
+        Count, Field(description="what the paper's 200,000 samples would have taken at this mean length")
+    ] = 0
     start_token: str | None = None
     classifier: ClassifierReport | None = None
 
@@ -262,6 +271,7 @@ class Weights(Artefact):
     unit: Annotated[
         Literal["nats_per_token", "nats_per_byte"] | None, Field(description="of the losses in `terms`")
     ] = None
+    knowledge: Annotated[str | None, Field(description="how the knowledge distribution behind them is known")] = None
     weights: Annotated[dict[DomainName, Probability], Field(description="sums to 1")]
     terms: dict[DomainName, WeightTerms] = {}
     warnings: Annotated[tuple[str, ...], Field(description="signal health, in words")] = ()
@@ -288,6 +298,7 @@ class Plan(Artefact):
     """Counts and positions per domain for one epoch (plan/epoch-000N.json). Its size does not grow with the epoch."""
 
     epoch: Annotated[int, Field(ge=1)]
+    knowledge: Annotated[str | None, Field(description="how the knowledge distribution behind it is known")] = None
     samples: Annotated[int, Field(ge=1)]
     shards: Annotated[int, Field(ge=1)]
     seed: Count
@@ -317,6 +328,7 @@ class Manifest(Artefact):
 
     epoch: Annotated[int, Field(ge=1)]
     fingerprint_of_inputs: str
+    knowledge: Annotated[str | None, Field(description="how the knowledge distribution behind it is known")] = None
     samples: Count
     tokens: Count
     bytes: Count

@@ -91,11 +91,58 @@ def _pool_line(manifest: "PoolManifest") -> str:
 
 
 @app.command()
-def detect(config: Config = None, run: Run = None) -> None:
+def detect(
+    config: Config = None,
+    run: Run = None,
+    show: Annotated[
+        int | None, typer.Option("--show", min=1, help="Print so many samples per domain; draw none.")
+    ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Print what it takes on 1, 8 and 64 devices; draw none.")
+    ] = False,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(min=1e-9, help="For --estimate: of one generating actor. Default: as measured.")
+    ] = None,
+    texts_per_second: Annotated[
+        float | None, typer.Option(min=1e-9, help="For --estimate: of one classifying actor. Default: as measured.")
+    ] = None,
+) -> None:
     """Sample the model and classify what it says: the knowledge distribution."""
     settings, folder = load(config, run)
-    _detect(settings)
-    say(f"detection: {folder.detection}")
+    if estimate:
+        _estimate(settings, folder, tokens_per_second, texts_per_second)
+    elif show is not None:
+        from vtmix.show import show as show_samples
+
+        for line in show_samples(folder.detection.parent, list(settings.domains), show):
+            say(line)
+    else:
+        _detect(settings)
+        say(f"detection: {folder.detection}")
+
+
+def _estimate(
+    settings: "MixtureConfig", folder: "RunFolder", tokens_per_second: float | None, texts_per_second: float | None
+) -> None:
+    from vtmix import forecast
+    from vtmix.estimate import samples_needed
+
+    detection = settings.detection
+    if tokens_per_second and texts_per_second:
+        rates = forecast.Rates("the rates given", tokens_per_second, texts_per_second, 0.0)
+    else:
+        found = forecast.measured(folder.detection.with_name(forecast.RATES))
+        rates = forecast.Rates(
+            found.engine, tokens_per_second or found.tokens_per_s, texts_per_second or found.texts_per_s, found.start_s
+        )
+    whole = detection.iterations * detection.samples
+    margins = [detection.stop_at_margin] if detection.stop_at_margin else [0.01, 0.005]
+    plans = [(f"{detection.iterations} x {detection.samples:,} samples", whole)]
+    for margin in margins:
+        needed = min(samples_needed(margin), whole)
+        plans.append((f"stop_at_margin {margin:g}: at most {needed:,} samples", needed))
+    for line in forecast.lines(rates, plans, max_tokens=detection.max_tokens, block=detection.block):
+        say(line)
 
 
 def _detect(settings: "MixtureConfig") -> None:
@@ -103,11 +150,18 @@ def _detect(settings: "MixtureConfig") -> None:
 
     report = run_detection(settings)
     for name, share in report.distribution.items():
-        found = report.shares.get(name)
-        margin = f" ± {1.96 * found.standard_error:.4f}" if found else ""
+        raw, mended = report.shares.get(name), report.corrected.get(name)
+        margin = f", classified {raw.mean:.4f} ({raw.low:.4f} to {raw.high:.4f})" if raw else ""
+        margin += f", corrected {mended.mean:.4f} ({mended.low:.4f} to {mended.high:.4f})" if mended else ""
         say(f"{name}: {share:.4f}{margin}")
-    accuracy = f", classifier accuracy {report.classifier.accuracy:.3f} on held-out text" if report.classifier else ""
-    say(f"from {report.samples:,} samples, {report.unclassified:.1%} unclassified{accuracy}")
+    say(f"{report.knowledge or 'written by hand'}")
+    if report.samples:
+        asked = settings.detection.iterations * settings.detection.samples
+        early = f" of {asked:,}, stopped at the margin" if report.samples < asked else ""
+        accuracy = (
+            f", classifier accuracy {report.classifier.accuracy:.3f} on held-out text" if report.classifier else ""
+        )
+        say(f"from {report.samples:,} samples{early}, {report.unclassified:.1%} unclassified{accuracy}")
 
 
 @app.command()

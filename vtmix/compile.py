@@ -159,6 +159,7 @@ def _manifest(plan: Plan, inputs: Inputs, identity: str, staging: Path, shards: 
         inputs=inputs,
         epoch=plan.epoch,
         fingerprint_of_inputs=identity,
+        knowledge=plan.knowledge,
         samples=plan.samples,
         tokens=sum(domain.tokens for domain in domains.values()),
         bytes=sum(shard.bytes for shard in shards),

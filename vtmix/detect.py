@@ -1,51 +1,84 @@
-"""Algorithm 1 on Ray: sample the base model from its start token, classify what it says, average.
+"""Algorithm 1: sample the base model from its start token, classify what it says, average.
 
-Work is cut into blocks of samples, each a row of one Ray Data pipeline: generate (actors) → classify (actors) → commit
-one Parquet part (here, in the driver). A part exists completely or not at all and depends on nothing but its block, so
-a rerun does the missing blocks only and ends with the same bytes. The estimate is computed from the parts.
+Work is cut into blocks of samples, each of which becomes one committed Parquet part (vtmix/stages.py draws them on
+Ray). A part exists completely or not at all and depends on nothing but its block, so a rerun draws the missing blocks
+only and ends with the same bytes. The estimate is computed from the parts.
 """
 
-import dataclasses
 import functools
-import json
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
-from vtmix import classify, cluster, commit, estimate, generate, pool, progress
-from vtmix.artifacts import ClassifierReport, DetectionReport, Inputs, PoolManifest, RunFolder, run_folder
-from vtmix.distribute import cores
+from vtmix import classify, cluster, commit, estimate, forecast, generate, pool, probe, progress, published, stages
+from vtmix.artifacts import DetectionReport, Inputs, PoolManifest, RunFolder, run_folder
+from vtmix.classify import Judged, MeasuredClassifier
 from vtmix.encode import load_tokenizer, tokenizer_digest
+from vtmix.environments import require_vllm
 from vtmix.errors import DetectionError
-from vtmix.samples import Block, Parts, Sample, blocks_of
-from vtmix.settings import MixtureConfig
+from vtmix.estimate import EarlyStop
+from vtmix.judge import EndpointJudge, VllmJudge
+from vtmix.samples import Parts, blocks_of
+from vtmix.settings import Endpoint, MixtureConfig, Probe, Vllm
+from vtmix.stages import Stage
+
+PAPER_SAMPLES = 200_000
+EXECUTION_ONLY = {"python", "concurrency", "timeout", "retries", "key"}
+"""Settings of engines and classifiers that no sample depends on."""
 
 
 def detect(config: MixtureConfig) -> DetectionReport:
     """The knowledge distribution of config.model over config.domains, committed as detection/detection.json.
 
     Raises MissingError without pools, ConflictError when samples or a detection of other inputs stand in the run
-    folder, DamageError when committed parts do not hold their samples, DetectionError when too much of them is
-    unclassified or the model cannot be run. Whatever is raised, committed parts are kept.
+    folder, DamageError when committed parts do not hold their samples, ConfigError when an environment it needs is
+    missing, DetectionError when too much of the samples is unclassified or the model cannot be run. Whatever is
+    raised, committed parts are kept.
     """
     run = run_folder(config)
     cluster.require_durable(run)
+    if config.detection.published is not None:
+        return _take_published(run, config)
     found = _committed(run, config)
     if found is not None:
         _refuse_unclassified(found.unclassified, found.samples, config)
         return found
     inputs = _inputs(run, config)
-    with commit.lock(run.detection.parent, "detection"):
+    with commit.lock(run.detection.parent, "detection"), ExitStack() as until_done:
         tokenizer = load_tokenizer(config.model_location(config.model), config.model.revision)
         sampling = generate.sampling(config, tokenizer)
         inputs = inputs | {"tokenizer": tokenizer_digest(tokenizer)}
-        probe = _probe(run, config, inputs)
-        parts = _parts(run, config, inputs, probe)
-        _draw(parts, parts.missing(), sampling, probe, config)
-        report = _report(parts.read(), config, inputs, sampling.start_token, probe.report)
+
+        def connect() -> None:
+            until_done.enter_context(cluster.connect(_cpus(config)))
+
+        classifier = _classifier(run, config, inputs, connect)
+        parts = _parts(run, config, inputs, classifier)
+        samples = _draw(parts, config, sampling, classifier, connect)
+        report = _report(samples, config, inputs, sampling.start_token, classifier)
         report.publish(run.detection)
+    return report
+
+
+def _take_published(run: RunFolder, config: MixtureConfig) -> DetectionReport:
+    """A published distribution, committed like a detection and labelled as what it is."""
+    name = config.detection.published
+    if name is None:
+        raise ValueError("detection.published is not set")
+    inputs: Inputs = {"published": name, "domains": list(config.domains)}
+    found = DetectionReport.committed(run.detection, inputs)
+    if found is not None:
+        return found
+    report = DetectionReport(
+        inputs=inputs,
+        distribution=published.distribution(name, tuple(config.domains)),
+        knowledge=published.label(name),
+    )
+    report.publish(run.detection)
     return report
 
 
@@ -63,8 +96,9 @@ def _committed(run: RunFolder, config: MixtureConfig) -> DetectionReport | None:
 def _inputs(run: RunFolder, config: MixtureConfig) -> Inputs:
     """What a detection is made from, but for the tokenizer's digest."""
     settings = config.detection
-    remedy = "run `vtmix pool` first: the classifier is fitted on the domains' own text"
+    remedy = "run `vtmix pool` first: the classifier is fitted on, or measured by, the domains' own text"
     pools = {name: PoolManifest.read(run.pool(name) / "pool.json", remedy).fingerprint() for name in config.domains}
+    fixed = probe.SETTINGS if isinstance(settings.classifier, Probe) else {}
     return {
         "model": config.model.model_dump(mode="json"),
         "seed": config.seed,
@@ -72,167 +106,207 @@ def _inputs(run: RunFolder, config: MixtureConfig) -> Inputs:
         "pools": pools,
         "sampling": {
             **settings.model_dump(
-                mode="json", include={"iterations", "samples", "max_tokens", "block", "start_token", "precision"}
+                mode="json",
+                include={"iterations", "samples", "stop_at_margin", "max_tokens", "block", "start_token", "precision"},
             ),
             **generate.DECODING,
         },
-        "classifier": {**settings.classifier.model_dump(mode="json"), **classify.PROBE_SETTINGS},
+        "engine": settings.engine.model_dump(mode="json", exclude=EXECUTION_ONLY),
+        "classifier": {**settings.classifier.model_dump(mode="json", exclude=EXECUTION_ONLY), **fixed},
+        "correct": settings.correct,
     }
 
 
-def _probe(run: RunFolder, config: MixtureConfig, inputs: Inputs) -> classify.FittedProbe:
-    """The run's probe: fitted once, and committed, so that every part is judged by the same numbers."""
+def _classifier(
+    run: RunFolder, config: MixtureConfig, inputs: Inputs, connect: Callable[[], None]
+) -> MeasuredClassifier:
+    """The run's classifier: fitted and measured once, and committed, so that every part is judged by the same one."""
     path = run.detection.with_name("classifier.json")
-    found = classify.FittedProbe.committed(path, inputs)
+    settings = config.detection.classifier
+    made_from = {name: value for name, value in inputs.items() if name not in ("sampling", "engine", "correct")} | {
+        "max_tokens": config.detection.max_tokens
+    }
+    kind = probe.FittedProbe if isinstance(settings, Probe) else MeasuredClassifier
+    found = kind.committed(path, made_from)
     if found is not None:
         return found
-    fitted = classify.fit_probe(
-        {domain: pool.texts(run.pool(domain)) for domain in config.domains},
-        max_tokens=config.detection.max_tokens,
-        heldout=config.detection.classifier.heldout,
-        inputs=inputs,
-    )
-    fitted.publish(path)
-    return fitted
+    texts = {domain: pool.texts(run.pool(domain)) for domain in config.domains}
+    made: MeasuredClassifier
+    if isinstance(settings, Probe):
+        made, judged = probe.fit_probe(
+            texts, max_tokens=config.detection.max_tokens, folds=settings.folds, inputs=made_from
+        )
+    else:
+        judged = _judged(texts, config, connect)
+        made = MeasuredClassifier(
+            inputs=made_from, domains=tuple(judged), report=classify.measure(settings.kind, judged)
+        )
+    classify.publish_judged(_heldout(run), judged)
+    made.publish(path)
+    return made
 
 
-def _parts(run: RunFolder, config: MixtureConfig, inputs: Inputs, probe: classify.FittedProbe) -> Parts:
+def _judged(texts: dict[str, list[str]], config: MixtureConfig, connect: Callable[[], None]) -> Judged:
+    """A judge's probabilities for the first labelled texts of every domain."""
+    settings = config.detection.classifier
+    if isinstance(settings, Probe):
+        raise TypeError("a probe is measured where it is fitted")
+    labelled = {
+        domain: found[: settings.heldout] for domain, found in classify.cut(texts, config.detection.max_tokens).items()
+    }
+    judged = {domain: np.zeros((len(found), len(labelled) + 1)) for domain, found in labelled.items()}
+    classifying = _classifying(config, None)
+    connect()
+    with progress.bar("measure the judge", sum(map(len, labelled.values())), "texts") as advance:
+        for domain, start, rows in stages.judge(labelled, classifying):
+            judged[domain][start : start + len(rows)] = rows
+            advance(len(rows))
+    return judged
+
+
+def _parts(run: RunFolder, config: MixtureConfig, inputs: Inputs, classifier: MeasuredClassifier) -> Parts:
     settings = config.detection
+    # Where it stops, and what is made of the parts, is no part's business.
+    sampling = {name: value for name, value in inputs["sampling"].items() if name != "stop_at_margin"}
+    made_from = {name: value for name, value in inputs.items() if name != "correct"} | {"sampling": sampling}
     return Parts(
         folder=run.detection.parent,
         domains=tuple(config.domains),
         blocks=blocks_of(settings.iterations, settings.samples, settings.block),
         seed=config.seed,
-        made_from={"inputs": inputs, "classifier": probe.fingerprint()},
+        made_from={"inputs": made_from, "classifier": classifier.fingerprint()},
     )
 
 
 def _draw(
     parts: Parts,
-    missing: Sequence[Block],
-    sampling: generate.Sampling,
-    probe: classify.FittedProbe,
     config: MixtureConfig,
-) -> None:
-    """Generates, classifies and commits the missing blocks."""
-    if not missing:
-        return
+    sampling: generate.Sampling,
+    classifier: MeasuredClassifier,
+    connect: Callable[[], None],
+) -> pl.DataFrame:
+    """Every sample of the detection: those that are committed, and those that were missing."""
+    missing = parts.missing()
+    stop = EarlyStop(parts.rounds, parts.domains, config.detection.stop_at_margin)
+    absent = set(missing)
+    present = [block for block in parts.blocks if block not in absent]
+    if config.detection.stop_at_margin is not None:
+        for block, frame in zip(present, parts.read(present), strict=True):
+            stop.take(block, frame)
+    if missing and stop.rounds is None:
+        classifying = _classifying(config, classifier)
+        engine = _engine(config)
+        connect()
+        generating = _generating(config, sampling)
+        samples = sum(block.stop - block.start for block in missing)
+        watch = forecast.Stopwatch(engine, config.detection.generate.actors, config.detection.classify.actors)
+        drawn = stages.draw(parts, missing, generating, classifying)
+        with progress.bar("detect", samples, "samples") as advance:
+            for found in drawn:
+                parts.publish(found.block, found.part)
+                watch.take(found.block.stop - found.block.start, found.tokens, found.generating, found.classifying)
+                advance(found.block.stop - found.block.start)
+                stop.take(found.block, parts.decode(found.part))
+                if stop.rounds is not None:
+                    break
+        drawn.close()
+        watch.append(parts.folder / forecast.RATES)
+    rounds = parts.rounds[: stop.rounds]
+    return pl.concat(parts.read([block for blocks in rounds for block in blocks]))
+
+
+def _cpus(config: MixtureConfig) -> float:
+    """CPUs that both stages reserve."""
     generating, classifying = config.detection.generate, config.detection.classify
-    cpus = generating.actors * generating.cpus + classifying.actors * classifying.cpus
-    samples = sum(block.stop - block.start for block in missing)
-    with cluster.connect(cpus), progress.bar("detect", samples, "samples") as advance:
-        gpus = generating.actors * _gpus(config) + classifying.actors * classifying.gpus
-        cluster.require_resources(cpus, gpus)
-        for block, data in _pipeline(parts, missing, sampling, probe, config):
-            parts.publish(block, data)
-            advance(block.stop - block.start)
+    return generating.actors * generating.cpus + classifying.actors * classifying.cpus
+
+
+def _engine(config: MixtureConfig) -> str:
+    """What generates, after a look whether it is there."""
+    engine = config.detection.engine
+    return require_vllm(config.resolve(engine.python)) if isinstance(engine, Vllm) else engine.kind
+
+
+def _generating(config: MixtureConfig, sampling: generate.Sampling) -> Stage:
+    """The generating stage; needs a connected cluster."""
+    settings = config.detection
+    make: Callable[[], Any] = functools.partial(generate.TransformersGenerator, sampling)
+    python = None
+    if isinstance(settings.engine, Vllm):
+        make = functools.partial(generate.VllmGenerator, sampling, settings.engine)
+        python = config.resolve(settings.engine.python)
+    return Stage(make, settings.generate, _gpus(config), python)
+
+
+def _classifying(config: MixtureConfig, fitted: MeasuredClassifier | None) -> Stage:
+    """The classifying stage, after a look whether what it needs is there."""
+    settings, resources = config.detection.classifier, config.detection.classify
+    domains, characters = tuple(config.domains), config.detection.max_tokens * classify.CHARACTERS_PER_TOKEN
+    if isinstance(settings, Endpoint):
+        make: Callable[[], Any] = functools.partial(EndpointJudge, settings, domains, characters)
+        return Stage(make, resources, resources.gpus)
+    if isinstance(fitted, probe.FittedProbe):
+        return Stage(functools.partial(probe.LinearProbe, fitted), resources, resources.gpus)
+    if isinstance(settings, Probe):
+        raise TypeError("a probe is fitted before it classifies")
+    python = config.resolve(settings.python)
+    require_vllm(python)
+    model = settings.model or config.model
+    make = functools.partial(
+        VllmJudge,
+        settings,
+        config.model_location(model),
+        model.revision,
+        config.detection.precision,
+        domains,
+        characters,
+    )
+    return Stage(make, resources, resources.gpus, python)
 
 
 def _gpus(config: MixtureConfig) -> float:
-    """GPUs per generating actor: as set, else one where the cluster has them and the device allows."""
+    """GPUs per generating actor: as set, else what one model takes where the cluster has it and the device allows."""
     import ray
 
     settings = config.detection
     if settings.generate.gpus or settings.device == "cpu":
         return settings.generate.gpus
-    enough = ray.cluster_resources().get("GPU", 0) >= settings.generate.actors
-    return 1 if enough or settings.device.startswith("cuda") else 0
-
-
-def _pipeline(
-    parts: Parts,
-    missing: Sequence[Block],
-    sampling: generate.Sampling,
-    probe: classify.FittedProbe,
-    config: MixtureConfig,
-) -> Iterator[tuple[Block, bytes]]:
-    """Yields each missing block's Parquet file, in order of completion."""
-    import ray.data
-
-    generating, classifying = config.detection.generate, config.detection.classify
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would say is raised as well
-    rows = ray.data.from_items([{"block": list(block)} for block in missing], override_num_blocks=len(missing))
-    rows.context.enable_progress_bars = False
-    files = rows.map(
-        _Generate,
-        fn_constructor_args=(parts, sampling, generating.actors),
-        compute=ray.data.ActorPoolStrategy(size=generating.actors),
-        num_cpus=generating.cpus,
-        num_gpus=_gpus(config),
-    ).map(
-        _Classify,
-        fn_constructor_args=(parts, probe),
-        compute=ray.data.ActorPoolStrategy(size=classifying.actors),
-        num_cpus=classifying.cpus,
-        num_gpus=classifying.gpus,
-    )
-    try:
-        # Without prefetching: that would hold each part back until the next one is ready.
-        for table in files.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
-            for row in table.to_pylist():
-                yield Block(*row["block"]), row["part"]
-    except ray.exceptions.RayError as error:
-        raise _explained(error) from error
-
-
-class _Generate:
-    """The generating stage, an actor: a block → its samples."""
-
-    def __init__(self, parts: Parts, sampling: generate.Sampling, actors: int) -> None:
-        self._parts = parts
-        self._sampling = sampling
-        self._actors = actors
-
-    # Not in __init__: an actor that cannot be made is reported by Ray with every frame of its own code.
-    @functools.cached_property
-    def _generator(self) -> generate.TransformersGenerator:
-        import torch
-
-        # Ray gives an actor as many threads as it reserves CPUs; together they should use all the cores there are.
-        torch.set_num_threads(max(torch.get_num_threads(), cores() // self._actors))
-        return generate.TransformersGenerator(self._sampling)
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        samples = self._generator(self._parts.seeds(Block(*row["block"])))
-        return row | {"samples": json.dumps([dataclasses.astuple(sample) for sample in samples])}
-
-
-class _Classify:
-    """The classifying stage: a block's samples → its Parquet file."""
-
-    def __init__(self, parts: Parts, probe: classify.FittedProbe) -> None:
-        self._parts = parts
-        self._classifier = classify.LinearProbe(probe)
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        samples = [Sample(text, tuple(ids), reason) for text, ids, reason in json.loads(row["samples"])]
-        judged = self._classifier([sample.text for sample in samples])
-        return {"block": row["block"], "part": self._parts.encode(Block(*row["block"]), samples, judged)}
-
-
-def _explained(error: Exception) -> DetectionError:
-    """What stopped the pipeline, in one line: the worker's own error, which Ray carries as text within its frames."""
-    own = str(error).partition("\n\nThe above exception")[0].strip()
-    reason = own.splitlines()[-1].removeprefix("vtmix.errors.").strip() if own else type(error).__name__
-    return DetectionError(f"sampling stopped: {reason}: what is committed is kept, a rerun goes on from there")
+    each = settings.engine.tensor_parallel if isinstance(settings.engine, Vllm) else 1
+    enough = ray.cluster_resources().get("GPU", 0) >= settings.generate.actors * each
+    return each if enough or settings.device.startswith("cuda") else 0
 
 
 def _report(
-    samples: pl.DataFrame, config: MixtureConfig, inputs: Inputs, start_token: str, classifier: ClassifierReport
+    samples: pl.DataFrame,
+    config: MixtureConfig,
+    inputs: Inputs,
+    start_token: str,
+    classifier: MeasuredClassifier,
 ) -> DetectionReport:
-    shares = estimate.shares(samples, list(config.domains))
+    run, domains = run_folder(config), list(config.domains)
+    shares = estimate.shares(samples, domains, config.seed)
     unclassified = estimate.unclassified(samples)
     _refuse_unclassified(unclassified, len(samples), config)
+    raw = estimate.distribution(shares)
+    corrected = estimate.corrected(samples, classify.read_judged(_heldout(run), domains), config.seed)
+    tokens = int(samples["tokens"].sum())
     return DetectionReport(
         inputs=inputs,
-        distribution=estimate.distribution(shares),
+        distribution=estimate.distribution(corrected) if config.detection.correct else raw,
+        knowledge="detected, corrected" if config.detection.correct else "detected",
         shares=shares,
+        corrected=corrected,
         unclassified=unclassified,
         samples=len(samples),
-        tokens=int(samples["tokens"].sum()),
+        tokens=tokens,
+        paper_tokens=round(tokens / len(samples) * PAPER_SAMPLES),
         start_token=start_token,
-        classifier=classifier,
+        classifier=classifier.report,
     )
+
+
+def _heldout(run: RunFolder) -> Path:
+    return run.detection.with_name("heldout.parquet")
 
 
 def _refuse_unclassified(share: float, samples: int, config: MixtureConfig) -> None:
@@ -240,8 +314,8 @@ def _refuse_unclassified(share: float, samples: int, config: MixtureConfig) -> N
     if share > most:
         raise DetectionError(
             f"{share:.1%} of the mass of {samples:,} samples is unclassified, detection.max_unclassified allows "
-            f"{most:.1%}: nothing was published, the samples are kept. Read some of them "
-            f"(detection/iteration-01/*.parquet). Where they are empty or no text, set detection.start_token to the "
-            f"token that the model's documents begin with, and detect in another run folder; where they are as they "
-            f"should be, raise detection.max_unclassified and run again"
+            f"{most:.1%}: nothing was published, the samples are kept. Read some of them (`vtmix detect --show 5`). "
+            f"Where they are empty or no text, set detection.start_token to the token that the model's documents begin "
+            f"with, and detect in another run folder; where they are as they should be, raise "
+            f"detection.max_unclassified and run again"
         )

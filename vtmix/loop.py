@@ -135,7 +135,8 @@ def _initial_weights(config: MixtureConfig, run: RunFolder) -> tuple[Inputs, Wei
         "detection": detection.fingerprint() if detection else None,
     }
     detected = dict(detection.distribution) if detection else None
-    return inputs, first_weights(config.weights, tuple(config.domains), detected, inputs)
+    knowledge = detection.knowledge if detection else None
+    return inputs, first_weights(config.weights, tuple(config.domains), detected, inputs, knowledge)
 
 
 def _weights(config: MixtureConfig, run: RunFolder, epoch: int) -> tuple[Inputs, Weights]:
@@ -146,10 +147,10 @@ def _weights(config: MixtureConfig, run: RunFolder, epoch: int) -> tuple[Inputs,
     reference = _reference(config, run)
     if epoch == 1:
         start_inputs, start = _initial_weights(config, run)
-        previous, origin = start.weights, start_inputs
+        previous, origin, knowledge = start.weights, start_inputs, start.knowledge
     else:
         found = Weights.read(run.weights(epoch - 1), f"weigh epoch {epoch - 1} first")
-        previous, origin = found.weights, {"fingerprint": found.fingerprint()}
+        previous, origin, knowledge = found.weights, {"fingerprint": found.fingerprint()}, found.knowledge
     inputs: Inputs = {
         "settings": config.weights.model_dump(mode="json"),
         "previous": origin,
@@ -158,7 +159,13 @@ def _weights(config: MixtureConfig, run: RunFolder, epoch: int) -> tuple[Inputs,
         "reference": reference.fingerprint() if reference else None,
     }
     return inputs, next_weights(
-        config.weights, previous, losses=losses, losses_before=before, reference=reference, inputs=inputs
+        config.weights,
+        previous,
+        losses=losses,
+        losses_before=before,
+        reference=reference,
+        inputs=inputs,
+        knowledge=knowledge,
     )
 
 

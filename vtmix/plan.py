@@ -74,6 +74,7 @@ def make_plan(
     return Plan(
         inputs=plan_inputs(weights, pools, samples=samples, seed=seed, shard_bytes=shard_bytes, previous=previous),
         epoch=weights.epoch,
+        knowledge=weights.knowledge,
         samples=samples,
         shards=_shards(counts, pools, shard_bytes),
         seed=seed,

@@ -17,6 +17,8 @@ of its content and those metadata alone.
 """
 
 import hashlib
+import io
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,11 +76,14 @@ class Block(NamedTuple):
 
 
 def blocks_of(iterations: int, samples: int, size: int) -> tuple[Block, ...]:
-    """Every iteration's samples cut into blocks of `size`; the last of an iteration may be smaller."""
+    """Every iteration's samples cut into blocks of `size`; the last of an iteration may be smaller.
+
+    They come in rounds, a block of every iteration each: whoever stops early has drawn as much of every iteration.
+    """
     return tuple(
         Block(iteration, part, start, min(start + size, samples))
-        for iteration in range(1, iterations + 1)
         for part, start in enumerate(range(0, samples, size))
+        for iteration in range(1, iterations + 1)
     )
 
 
@@ -107,6 +112,11 @@ class Parts:
     blocks: tuple[Block, ...]
     seed: int
     made_from: Inputs
+
+    @property
+    def rounds(self) -> tuple[tuple[Block, ...], ...]:
+        """The blocks in rounds, one of every iteration each."""
+        return tuple(tuple(found) for _, found in itertools.groupby(self.blocks, key=lambda block: block.part))
 
     def seeds(self, block: Block) -> list[int]:
         """The seeds of a block's samples, in order."""
@@ -160,19 +170,23 @@ class Parts:
             )
         return [block for name, block in expected.items() if name not in present]
 
-    def read(self) -> pl.DataFrame:
-        """Every sample of the detection once: iteration, tokens and probabilities, in order.
+    def decode(self, data: bytes) -> pl.DataFrame:
+        """A part's samples: iteration, tokens and probabilities."""
+        return pl.read_parquet(io.BytesIO(data), columns=["iteration", "tokens", *probability_columns(self.domains)])
+
+    def read(self, blocks: Sequence[Block]) -> list[pl.DataFrame]:
+        """Committed blocks' samples: iteration, tokens and probabilities.
 
         Raises DamageError naming every part that does not hold exactly its samples.
         """
         frames, damaged = [], []
-        for block in self.blocks:
+        for block in blocks:
             try:
                 frames.append(self._read(block))
             except (pa.ArrowException, OSError, ValueError) as error:
                 damaged.append(f"{block.name}: {str(error).splitlines()[0]}")
         _refuse_damage(self.folder, damaged)
-        return pl.concat(frames)
+        return frames
 
     def _read(self, block: Block) -> pl.DataFrame:
         with pq.ParquetFile(self.folder / block.name, page_checksum_verification=True) as file:

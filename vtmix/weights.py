@@ -122,14 +122,19 @@ def factor(signal: Signal, sigma: float) -> float:
 
 
 def first_weights(
-    settings: WeightsSettings, domains: tuple[str, ...], detected: Shares | None, inputs: Inputs
+    settings: WeightsSettings,
+    domains: tuple[str, ...],
+    detected: Shares | None,
+    inputs: Inputs,
+    knowledge: str | None = None,
 ) -> Weights:
-    """Epoch 1's weights when no update precedes it."""
+    """Epoch 1's weights when no update precedes it; `knowledge` says how the detected distribution is known."""
     weights = initial(settings.algorithm, domains, detected, settings.floor)
     return Weights(
         inputs=inputs,
         epoch=1,
         algorithm=settings.algorithm,
+        knowledge=knowledge,
         weights=weights,
         terms={name: WeightTerms(weight=weight) for name, weight in weights.items()},
         warnings=tuple(_absorbed(weights)),
@@ -144,6 +149,7 @@ def next_weights(
     losses_before: Losses | None,
     reference: Reference | None,
     inputs: Inputs,
+    knowledge: str | None = None,
 ) -> Weights:
     """The weights for epoch `losses.epoch + 1`, with the arithmetic that led to them and the health of the signals.
 
@@ -159,6 +165,7 @@ def next_weights(
         epoch=losses.epoch + 1,
         algorithm=settings.algorithm,
         unit=unit,
+        knowledge=knowledge,
         weights=weights,
         terms={
             name: WeightTerms(

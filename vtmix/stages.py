@@ -1,0 +1,194 @@
+"""The Ray Data pipeline of a detection: generate (actors) → classify (actors) → one Parquet part per block.
+
+Both stages are pools of actors that stay busy at the same time. What an actor works with is built inside it, from a
+small description that travels there; a stage that runs in an environment of its own is started by that environment's
+interpreter.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vtmix import cluster
+from vtmix.classify import Classifier, Matrix
+from vtmix.distribute import cores
+from vtmix.errors import DetectionError
+from vtmix.samples import Block, Parts, Sample
+from vtmix.settings import Resources
+
+Sampler = Callable[[Sequence[int]], list[Sample]]
+"""The seeds of one whole block → its samples, in order."""
+
+TEXTS_PER_ROW = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage: how its worker is made, inside an actor; the interpreter that runs it (None: this one's)."""
+
+    make: Callable[[], Any]
+    resources: Resources
+    gpus: float
+    python: Path | None = None
+
+    @property
+    def cpus(self) -> float:
+        """CPUs reserved by all its actors."""
+        return self.resources.actors * self.resources.cpus
+
+    @property
+    def all_gpus(self) -> float:
+        """GPUs reserved by all its actors."""
+        return self.resources.actors * self.gpus
+
+    def mapped(self, rows: Any, actor: type, *arguments: Any) -> Any:
+        """A Ray dataset of which every row goes through an actor of this stage."""
+        import ray.data
+
+        environment = {"runtime_env": {"py_executable": str(self.python)}} if self.python else {}
+        return rows.map(
+            actor,
+            fn_constructor_args=(*arguments, self.make),
+            compute=ray.data.ActorPoolStrategy(size=self.resources.actors),
+            num_cpus=self.resources.cpus,
+            num_gpus=self.gpus,
+            **environment,
+        )
+
+
+class Drawn(NamedTuple):
+    """A block's Parquet file, and the seconds each stage took for it."""
+
+    block: Block
+    part: bytes
+    tokens: int
+    generating: float
+    classifying: float
+
+
+def draw(parts: Parts, blocks: Sequence[Block], generating: Stage, classifying: Stage) -> Generator[Drawn, None, None]:
+    """Generates and classifies blocks; yields them as they are ready, in any order.
+
+    Needs a connected cluster. Raises ConfigError when the stages reserve more than it has, DetectionError when a
+    worker gives up.
+    """
+    cluster.require_resources(generating.cpus + classifying.cpus, generating.all_gpus + classifying.all_gpus)
+    rows = _rows([{"block": list(block)} for block in blocks])
+    files = classifying.mapped(generating.mapped(rows, _Generate, parts, generating.resources.actors), _Classify, parts)
+    for row in _results(files):
+        yield Drawn(Block(*row["block"]), row["part"], row["tokens"], row["generating"], row["classifying"])
+
+
+def judge(texts: Mapping[str, Sequence[str]], classifying: Stage) -> Iterator[tuple[str, int, Matrix]]:
+    """Classifies labelled texts; yields (domain, place of the first text, probabilities), in any order."""
+    cluster.require_resources(classifying.cpus, classifying.all_gpus)
+    rows = _rows(
+        [
+            {"domain": domain, "start": start, "texts": list(found[start : start + TEXTS_PER_ROW])}
+            for domain, found in texts.items()
+            for start in range(0, len(found), TEXTS_PER_ROW)
+        ]
+    )
+    for row in _results(classifying.mapped(rows, _Judge)):
+        yield row["domain"], row["start"], np.array(json.loads(row["judged"]))
+
+
+def _rows(items: list[dict[str, Any]]) -> Any:
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would say is raised as well
+    rows = ray.data.from_items(items, override_num_blocks=len(items))
+    rows.context.enable_progress_bars = False
+    return rows
+
+
+def _results(dataset: Any) -> Iterator[dict[str, Any]]:
+    import ray
+
+    try:
+        # Without prefetching: that would hold each row back until the next one is ready.
+        for table in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
+            yield from table.to_pylist()
+    except ray.exceptions.RayError as error:
+        raise _explained(error) from error
+
+
+class _Generate:
+    """The generating stage, an actor: a block → its samples."""
+
+    def __init__(self, parts: Parts, actors: int, make: Callable[[], Sampler]) -> None:
+        self._parts = parts
+        self._actors = actors
+        self._make = make
+
+    # Not in __init__: an actor that cannot be made is reported by Ray with every frame of its own code.
+    @functools.cached_property
+    def _generator(self) -> Sampler:
+        import torch
+
+        # Ray gives an actor as many threads as it reserves CPUs; together they should use all the cores there are.
+        torch.set_num_threads(max(torch.get_num_threads(), cores() // self._actors))
+        return self._make()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        generator = self._generator
+        start = time.perf_counter()
+        samples = generator(self._parts.seeds(Block(*row["block"])))
+        return row | {
+            "samples": json.dumps([dataclasses.astuple(sample) for sample in samples]),
+            "generating": time.perf_counter() - start,
+        }
+
+
+class _Classify:
+    """The classifying stage: a block's samples → its Parquet file."""
+
+    def __init__(self, parts: Parts, make: Callable[[], Classifier]) -> None:
+        self._parts = parts
+        self._make = make
+
+    @functools.cached_property
+    def _classifier(self) -> Classifier:
+        return self._make()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        classifier = self._classifier
+        start = time.perf_counter()
+        samples = [Sample(text, tuple(ids), reason) for text, ids, reason in json.loads(row["samples"])]
+        judged = classifier([sample.text for sample in samples])
+        return {
+            "block": row["block"],
+            "part": self._parts.encode(Block(*row["block"]), samples, judged),
+            "tokens": sum(len(sample.token_ids) for sample in samples),
+            "generating": row["generating"],
+            "classifying": time.perf_counter() - start,
+        }
+
+
+class _Judge:
+    """A classifier on labelled texts."""
+
+    def __init__(self, make: Callable[[], Classifier]) -> None:
+        self._make = make
+
+    @functools.cached_property
+    def _classifier(self) -> Classifier:
+        return self._make()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        judged = self._classifier(list(row["texts"]))
+        return {"domain": row["domain"], "start": row["start"], "judged": json.dumps(judged.tolist())}
+
+
+def _explained(error: Exception) -> DetectionError:
+    """What stopped the pipeline, in one line: the worker's own error, which Ray carries as text within its frames."""
+    own = str(error).partition("\n\nThe above exception")[0].strip()
+    reason = own.splitlines()[-1].removeprefix("vtmix.errors.").strip() if own else type(error).__name__
+    return DetectionError(f"sampling stopped: {reason}: what is committed is kept, a rerun goes on from there")
