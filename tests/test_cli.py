@@ -106,6 +106,25 @@ def test_verify_names_the_damage_and_exits_with_1(begun):
     assert "(number 47 of the shard) changed" in done.stdout
 
 
+def test_detect_shows_nothing_and_forecasts_nothing_before_there_is_something(begun):
+    shown = vtmix("detect", "--show", "3", "--config", begun)
+    assert shown.returncode == 1
+    assert "holds no samples yet: run `vtmix detect` first" in shown.stderr
+    forecast = vtmix("detect", "--estimate", "--config", begun)
+    assert forecast.returncode == 1
+    assert "nothing was measured yet" in forecast.stderr
+
+
+def test_rates_that_are_given_are_made_into_hours(begun):
+    rates = ("--tokens-per-second", "2000", "--texts-per-second", "500")
+    done = vtmix("detect", "--estimate", *rates, "--config", begun)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[1].split() == ["1", "actor", "8", "actors", "64", "actors"]
+    assert lines[2].startswith("2 x 32 samples")
+    assert "stop_at_margin 0.01: at most 64 samples" in lines[3]
+
+
 def test_status_shows_every_epoch_that_has_begun(begun):
     settings = config.load(begun)
     losses = {name: DomainLoss(nats=200.0, tokens=100, bytes=400, samples=9) for name in settings.domains}

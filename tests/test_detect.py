@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,7 @@ from vtmix.settings import MixtureConfig
 ROOT = Path(__file__).parents[1]
 SIZES = {"iterations": 2, "samples": 204, "block": 8, "max_tokens": 16, "precision": "fp32"}
 BLOCKS = 2 * 26
+KILLS = 5
 
 
 class World:
@@ -340,21 +342,24 @@ def test_a_killed_driver_and_killed_workers_change_nothing(golden, world, orphan
     killer.start()
     detect.detect(load(orphan))
     killer.join()
-    assert len(killed) == 2
+    assert len(killed) == KILLS
     assert content_of(folder) == content_of(golden)
     assert survivors.items() <= stamps_of(folder).items()
     assert not list(folder.rglob(".part-*"))
 
 
 def kill_workers(folder: Path, parts: int) -> list[int]:
-    """Kills one worker of each stage once parts are coming; returns those killed while parts were missing."""
-    wait_until(lambda: parts_in(folder) > parts)
-    titles = {pid: title(pid) for pid in descendants(os.getpid())}
-    stages = ("MapWorker(Map(_Generate))", "MapWorker(Map(_Classify))")
-    workers = [next(pid for pid in titles if stage in titles[pid]) for stage in stages]
-    for pid in workers:
-        os.kill(pid, signal.SIGKILL)
-    return workers if parts_in(folder) < BLOCKS else []
+    """Kills a random worker of either stage whenever a few more parts stand; those killed while parts were missing."""
+    rng = random.Random(5)
+    killed: list[int] = []
+    while len(killed) < KILLS and parts < BLOCKS:
+        wait_until(lambda stand=parts: parts_in(folder) > stand)
+        workers = [pid for pid in descendants(os.getpid()) if pid not in killed and "MapWorker(Map(_" in title(pid)]
+        if workers and parts_in(folder) < BLOCKS:
+            killed.append(rng.choice(workers))
+            os.kill(killed[-1], signal.SIGKILL)
+        parts = parts_in(folder) + 2
+    return killed
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ
 ELSEWHERE = {
     "make demo": "test_make_demo_runs_the_whole_loop",
     "make test": "this suite is what it runs",
+    "make vllm-env": "`make test` builds it, and test_vllm.py runs what it holds",
     "vtmix init": "test_init_writes_a_configuration_that_is_understood_and_never_overwrites_one",
     'ray job submit --working-dir . -- python jobs/detect.py --config "$PWD/mixture.yaml"': "test_ray_job_detect.py",
 }
@@ -28,6 +29,8 @@ IN_A_PROJECT = [
     "composer -n 8 trainers/composer_sft.py mixture.yaml",
     "vtmix run",
     "vtmix detect",
+    "vtmix detect --show 5",
+    "vtmix detect --estimate",
     "vtmix reference",
     "vtmix weights --epoch 1",
     "vtmix plan --epoch 1",
