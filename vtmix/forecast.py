@@ -59,7 +59,7 @@ class Stopwatch:
             texts_per_s=self._samples / self._classifying,
             start_s=self._start or 0.0,
         )
-        took = {"samples": self._samples, "seconds": time.perf_counter() - self._began}
+        took = {"samples": self._samples, "tokens": self._tokens, "seconds": time.perf_counter() - self._began}
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(rates) | self._actors | took) + "\n")
 
