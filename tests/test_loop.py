@@ -241,6 +241,20 @@ def test_a_forgotten_domain_shows_against_the_epoch_before(versatune):
     assert Weights.read(run.weights(3), "").terms["code"].previous_loss == 1.5
 
 
+def test_what_the_weights_need_is_missed_before_anything_is_evaluated(versatune):
+    loop.require_ready(versatune)
+    run = run_folder(versatune)
+    run.reference.unlink()
+    with pytest.raises(MissingError, match="run `vtmix reference` first"):
+        loop.require_ready(versatune)
+    run.detection.unlink()
+    with pytest.raises(MissingError, match="run `vtmix detect` first"):
+        loop.require_ready(versatune)
+    for epoch in range(1, versatune.epochs + 1):
+        Weights(epoch=epoch, weights={"law": 0.5, "medicine": 0.3, "code": 0.2}).publish(run.weights(epoch))
+    loop.require_ready(versatune)
+
+
 def test_update_before_first_epoch_moves_epoch_1_already(tmp_path):
     config = with_potentials(
         without_weights(run_of(tmp_path, weights={**VERSATUNE, "update_before_first_epoch": True}))

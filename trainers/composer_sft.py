@@ -75,17 +75,17 @@ def settle(config: MixtureConfig, session: "Session", epoch: int) -> "Mixture | 
 def newest_state(config: MixtureConfig) -> Path | None:
     """The state file to go on from, None at the very beginning.
 
-    Raises MissingError without pools, ConflictError when the configuration has changed or the state was trained on
-    another mixture than the run folder holds, DamageError or MissingError when training would start afresh over what
-    was done before.
+    Raises MissingError without what the weights are made from, ConflictError when the configuration has changed or the
+    state was trained on another mixture than the run folder holds, DamageError or MissingError when training would
+    start afresh over what was done before.
     """
     from vtmix import checkpoints, loop
     from vtmix.artifacts import Manifest, run_folder
     from vtmix.compile import open_pools
 
     run = run_folder(config)
-    loop.require_unchanged(config)
     open_pools(config)
+    loop.require_ready(config)
     found = checkpoints.newest(run.checkpoints, say)
     if found is None:
         if loop.losses_of(config, 1) is not None:

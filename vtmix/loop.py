@@ -111,6 +111,20 @@ def require_unchanged(config: MixtureConfig) -> None:
         )
 
 
+def require_ready(config: MixtureConfig) -> None:
+    """Raises what would stop the run at its first update of the weights: better now than after an evaluation.
+
+    ConflictError when the configuration changed, MissingError naming the stage that has to run first.
+    """
+    require_unchanged(config)
+    run = run_folder(config)
+    open_ = [epoch for epoch in range(1, config.epochs + 1) if not run.weights(epoch).exists()]
+    if 1 in open_:
+        _detection(config, run)
+    if open_ and (open_ != [1] or config.weights.update_before_first_epoch):
+        _reference(config, run)
+
+
 def weigh(config: MixtureConfig, epoch: int) -> tuple[Weights, bool]:
     """The weights of an epoch, committed; the flag is False when they were before, or are written by hand.
 
