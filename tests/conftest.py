@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +119,12 @@ def project(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One cluster for all tests of a session, with room for two generating actors."""
+    from vtmix import cluster
+
+    with cluster.connect(cpus=4):
+        yield

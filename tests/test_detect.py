@@ -22,7 +22,7 @@ import yaml
 from conftest import WORDS, records, write_jsonl
 from test_generate import altered, silent
 
-from vtmix import cluster, commit, detect, estimate, forecast, loop, pool, pooling, published, show, stages
+from vtmix import commit, detect, estimate, forecast, loop, pool, pooling, published, show, stages
 from vtmix.artifacts import DetectionReport, run_folder
 from vtmix.config import load
 from vtmix.encode import load_tokenizer
@@ -150,13 +150,6 @@ def golden(world) -> Path:
     draw_here(config)
     detect.detect(config)
     return world.detected("golden")
-
-
-@pytest.fixture(scope="session")
-def ray_cluster():
-    """One cluster for all tests of a session, with room for two generating actors."""
-    with cluster.connect(cpus=4):
-        yield
 
 
 def rows_of(folder: Path) -> pl.DataFrame:

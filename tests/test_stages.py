@@ -1,0 +1,89 @@
+"""Two pools of Ray actors work at the same time, and give back what they reserved when they are stopped early."""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_detect import wait_until
+
+from vtmix import stages
+from vtmix.errors import ConfigError, DetectionError
+from vtmix.samples import Parts, Sample, blocks_of
+from vtmix.settings import Resources
+from vtmix.stages import Stage
+
+pytestmark = pytest.mark.slow
+
+SECONDS = 0.3
+PARTS = Parts(Path("nowhere"), ("law", "code"), blocks_of(1, 24, 2), 1, {})
+
+
+class SlowSampler:
+    def __call__(self, seeds):
+        time.sleep(SECONDS)
+        return [Sample("text", (1, 2), "stop") for _ in seeds]
+
+
+class SlowClassifier:
+    def __call__(self, texts):
+        time.sleep(SECONDS)
+        return np.tile([0.25, 0.5, 0.25], (len(texts), 1))
+
+
+class GivesUp:
+    def __call__(self, texts):
+        raise DetectionError("the judge has gone home")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _classes_travel_with_the_job():
+    """Workers cannot import the tests."""
+    import ray.cloudpickle
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def stage(make, cpus=0.5):
+    return Stage(make, Resources(actors=1, cpus=cpus), 0)
+
+
+def test_both_stages_are_busy_at_the_same_time(ray_cluster):
+    arrivals = []
+    drawn = []
+    for found in stages.draw(PARTS, PARTS.blocks, stage(SlowSampler), stage(SlowClassifier)):
+        arrivals.append(time.monotonic())
+        drawn.append(found)
+    assert sorted(found.block for found in drawn) == sorted(PARTS.blocks)
+    assert all(found.tokens == 4 and found.generating >= SECONDS <= found.classifying for found in drawn)
+    one_after_the_other = (len(PARTS.blocks) - 1) * 2 * SECONDS
+    assert arrivals[-1] - arrivals[0] < 0.8 * one_after_the_other
+
+
+def test_stopped_early_the_actors_end(ray_cluster):
+    import ray
+
+    idle = ray.cluster_resources()["CPU"]
+    drawn = stages.draw(PARTS, PARTS.blocks, stage(SlowSampler), stage(SlowClassifier))
+    next(drawn)
+    assert ray.available_resources()["CPU"] < idle
+    drawn.close()
+    wait_until(lambda: ray.available_resources()["CPU"] == idle, seconds=60, pause=0.2)
+
+
+def test_labelled_texts_come_back_in_their_places(ray_cluster):
+    texts = {"law": ["a"] * 70, "code": ["b"] * 3}
+    found = {(domain, start): rows.shape for domain, start, rows in stages.judge(texts, stage(SlowClassifier))}
+    assert found == {("law", 0): (64, 3), ("law", 64): (6, 3), ("code", 0): (3, 3)}
+
+
+def test_a_judge_that_gives_up_is_one_line(ray_cluster):
+    with pytest.raises(DetectionError, match="sampling stopped: DetectionError: the judge has gone home: what is") as e:
+        list(stages.judge({"law": ["a"]}, stage(GivesUp)))
+    assert "\n" not in str(e.value)
+
+
+def test_more_than_the_cluster_has_is_refused_before_anything_waits_for_it(ray_cluster):
+    with pytest.raises(ConfigError, match=r"the Ray cluster has .* CPUs, and the stages reserve 1000\.5"):
+        next(stages.draw(PARTS, PARTS.blocks, stage(SlowSampler, cpus=1000), stage(SlowClassifier)))
