@@ -10,7 +10,6 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from test_detect import ray_cluster  # noqa: F401
 
 from vtmix import cluster
 from vtmix.artifacts import RunFolder
@@ -27,7 +26,7 @@ def temporary(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_a_started_cluster_needs_a_token_that_only_its_owner_can_read(ray_cluster):  # noqa: F811
+def test_a_started_cluster_needs_a_token_that_only_its_owner_can_read(ray_cluster):
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
     assert os.environ["RAY_AUTH_MODE"] == "token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
@@ -35,7 +34,7 @@ def test_a_started_cluster_needs_a_token_that_only_its_owner_can_read(ray_cluste
     assert len(token.read_text()) == 64
 
 
-def test_a_started_cluster_refuses_jobs_without_a_token(ray_cluster):  # noqa: F811
+def test_a_started_cluster_refuses_jobs_without_a_token(ray_cluster):
     import ray
 
     agent = "http://127.0.0.1:52365/api/job_agent/jobs/"
@@ -46,7 +45,7 @@ def test_a_started_cluster_refuses_jobs_without_a_token(ray_cluster):  # noqa: F
     assert ray.is_initialized()
 
 
-def test_a_connection_within_a_connection_is_the_same(ray_cluster):  # noqa: F811
+def test_a_connection_within_a_connection_is_the_same(ray_cluster):
     import ray
 
     before = ray.get_runtime_context().get_job_id()
@@ -55,7 +54,7 @@ def test_a_connection_within_a_connection_is_the_same(ray_cluster):  # noqa: F81
     assert ray.is_initialized()
 
 
-def test_work_that_reserves_more_than_there_is_is_refused(ray_cluster):  # noqa: F811
+def test_work_that_reserves_more_than_there_is_is_refused(ray_cluster):
     cluster.require_resources(cpus=4, gpus=0)
     with pytest.raises(ConfigError, match="has 4 CPUs, and the stages reserve 64: add nodes, or lower"):
         cluster.require_resources(cpus=64, gpus=0)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from conftest import WORDS
-from test_detect import ray_cluster  # noqa: F401
 
 from vtmix import mds, pool, pooling, reference
 from vtmix.artifacts import Reference
@@ -140,7 +139,7 @@ def test_on_ray_losses_are_the_same_and_a_refusal_in_a_task_is_one_here(
     built,
     project_copy,
     tiny_model,
-    ray_cluster,  # noqa: F811
+    ray_cluster,
 ):
     shutil.rmtree(project_copy / "run/reference")
     found = reference.build(load(project_copy / "mixture.yaml"), backend="ray").domains
