@@ -1,0 +1,50 @@
+"""A detection whose samples and judgements both come from vLLM, in its own environment, through Ray."""
+
+from pathlib import Path
+
+import pytest
+from test_detect import ROOT, World, content_of, parts_in, rows_of, world  # noqa: F401
+
+from vtmix.config import load
+from vtmix.detect import detect
+from vtmix.errors import ConfigError
+
+PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+
+
+def vllm_settings(python: Path = PYTHON) -> dict:
+    return {
+        "iterations": 2,
+        "samples": 12,
+        "block": 6,
+        "max_unclassified": 1.0,  # the tiny model has never heard of letters behind options
+        "engine": {"kind": "vllm", "python": str(python)},
+        "classifier": {"kind": "judge", "python": str(python), "heldout": 4, "permutations": 3},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not PYTHON.exists(), reason="needs vLLM's environment: run `make vllm-env`")
+def test_a_part_that_was_lost_is_drawn_and_judged_again_to_the_byte(world: World, ray_cluster):  # noqa: F811
+    config = load(world.write("vllm", **vllm_settings()))
+    report = detect(config)
+    folder = world.detected("vllm")
+    whole = content_of(folder)
+    rows = rows_of(folder)
+    assert (report.samples, len(rows), parts_in(folder)) == (24, 24, 4)
+    assert report.tokens == rows["tokens"].sum() > 24
+    assert set(rows["finish_reason"]) <= {"length", "stop"}
+    assert (report.classifier.kind, report.classifier.heldout_texts) == ("judge", 12)
+    assert 0 < report.unclassified < 1
+    (folder / "detection.json").unlink()
+    (folder / "iteration-02" / "part-00001.parquet").unlink()
+    assert detect(config) == report
+    assert content_of(folder) == whole
+
+
+def test_a_missing_interpreter_is_found_before_a_cluster_is_joined(world: World, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("vtmix.cluster.connect", lambda cpus: pytest.fail("a cluster was joined"))
+    config = load(world.write("no-interpreter", **vllm_settings(Path("absent/bin/python"))))
+    with pytest.raises(ConfigError, match="make vllm-env"):
+        detect(config)
