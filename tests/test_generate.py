@@ -10,8 +10,8 @@ import pytest
 from vtmix.config import load
 from vtmix.encode import load_tokenizer
 from vtmix.errors import ConfigError
-from vtmix.generate import TransformersGenerator, sampling, start_of, uniforms
-from vtmix.samples import sample_seed
+from vtmix.generate import TransformersGenerator, sample_of, sampling, start_of, uniforms
+from vtmix.samples import Sample, sample_seed
 
 
 @pytest.fixture
@@ -186,8 +186,6 @@ def test_more_tokens_than_the_context_holds_are_refused(settings):
 
 
 def test_bytes_that_are_no_text_still_make_a_sample(settings, tiny_model):
-    generator = TransformersGenerator(settings())
-    vocabulary = load_tokenizer(str(tiny_model)).get_vocab()
-    sample = generator._sample([vocabulary["Ã"]] * 3)  # three first bytes of two-byte characters
-    assert sample.text == "\ufffd" * 3
-    assert sample.finish_reason == "length"
+    tokenizer = load_tokenizer(str(tiny_model))
+    first = tokenizer.get_vocab()["Ã"]  # the first byte of a two-byte character
+    assert sample_of([first] * 3, settings(), tokenizer) == Sample("\ufffd" * 3, (first,) * 3, "length")

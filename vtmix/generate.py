@@ -1,4 +1,4 @@
-"""Samples from a base model, given its start token alone (Algorithm 1), with transformers.
+"""Samples from a base model, given its start token alone (Algorithm 1), with transformers or vLLM.
 
 A sample is drawn from the model's own distribution: temperature 1, no top-p, top-k or penalties, whatever the model's
 generation_config says. Each has a seed of its own, a hash of (run seed, iteration, index), so it is the same sample
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from vtmix import engine
 from vtmix.encode import load_tokenizer
 from vtmix.errors import ConfigError, DetectionError
 from vtmix.samples import Sample
-from vtmix.settings import MixtureConfig
+from vtmix.settings import MixtureConfig, Vllm
 
 if TYPE_CHECKING:
     import torch
@@ -54,12 +55,14 @@ def sampling(config: MixtureConfig, tokenizer: "PreTrainedTokenizerFast | None" 
     location, settings = config.model_location(config.model), config.detection
     tokenizer = tokenizer or load_tokenizer(location, config.model.revision)
     token, start_id = start_of(tokenizer, settings.start_token)
-    stop_ids, context = _stop_and_context(location, config.model.revision)
+    described = model_config(location, config.model.revision)
+    context = context_of(described)
     if context is not None and settings.max_tokens >= context:
         raise ConfigError(
             f"detection.max_tokens {settings.max_tokens} and the start token do not fit the model's context of "
             f"{context} tokens: set it to {context - 1} or less"
         )
+    ends = _ends(described, location, config.model.revision)
     return Sampling(
         model=location,
         revision=config.model.revision,
@@ -68,7 +71,7 @@ def sampling(config: MixtureConfig, tokenizer: "PreTrainedTokenizerFast | None" 
         start_token=token,
         start_id=start_id,
         # The start token separates documents where it is generated: what follows would be a second text.
-        stop_ids=tuple(sorted({*stop_ids, tokenizer.eos_token_id, start_id} - {None})),
+        stop_ids=tuple(sorted({*ends, tokenizer.eos_token_id, start_id} - {None})),
         max_tokens=settings.max_tokens,
     )
 
@@ -90,20 +93,40 @@ def start_of(tokenizer: "PreTrainedTokenizerFast", wanted: str | None) -> tuple[
     raise ConfigError(f"{found}: set detection.start_token to the token its documents begin with, one of {known}")
 
 
-def _stop_and_context(location: str, revision: str | None) -> tuple[set[int], int | None]:
-    """The ids at which the model ends a text, and the tokens its context holds (None: unlimited)."""
-    from transformers import AutoConfig, GenerationConfig
+def model_config(location: str, revision: str | None) -> Any:
+    """The configuration of a model folder or hub name. Raises ConfigError when there is none."""
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False).get_text_config()
+        return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False).get_text_config()
     except (OSError, ValueError) as error:
         raise ConfigError(f"model: no model at {location!r}: {str(error).splitlines()[0]}") from None
+
+
+def context_of(config: Any) -> int | None:
+    """The tokens that a model's context holds (None: unlimited)."""
+    context: int | None = getattr(config, "max_position_embeddings", None)
+    return context
+
+
+def _ends(config: Any, location: str, revision: str | None) -> set[int]:
+    """The ids at which the model ends a text."""
+    from transformers import GenerationConfig
+
     try:
         ends = GenerationConfig.from_pretrained(location, revision=revision).eos_token_id
     except OSError:
         ends = None
     ends = config.eos_token_id if ends is None else ends
-    return set(ends if isinstance(ends, list) else [ends]), getattr(config, "max_position_embeddings", None)
+    return set(ends if isinstance(ends, list) else [ends])
+
+
+def sample_of(ids: Sequence[int], sampling: Sampling, tokenizer: "PreTrainedTokenizerFast") -> Sample:
+    """The sample that generated ids are: what stands before the first stop token."""
+    end = next((place for place, token in enumerate(ids) if token in sampling.stop_ids), None)
+    kept = list(ids[:end])
+    text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Sample(text, tuple(kept), "length" if end is None else "stop")
 
 
 class TransformersGenerator:
@@ -163,13 +186,7 @@ class TransformersGenerator:
                 f"{len(seeds)} texts of {self._sampling.max_tokens} tokens together do not fit the GPU's memory: lower "
                 "detection.block"
             ) from None
-        return [self._sample(row) for row in ids[:, 1:].tolist()]
-
-    def _sample(self, ids: list[int]) -> Sample:
-        end = next((i for i, token in enumerate(ids) if token in self._sampling.stop_ids), None)
-        kept = ids if end is None else ids[:end]
-        text = self._tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Sample(text, tuple(kept), "length" if end is None else "stop")
+        return [sample_of(row, self._sampling, self._tokenizer) for row in ids[:, 1:].tolist()]
 
 
 def _draw(uniform: "torch.Tensor") -> "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]":
@@ -185,3 +202,39 @@ def _draw(uniform: "torch.Tensor") -> "Callable[[torch.Tensor, torch.Tensor], to
         return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
 
     return process
+
+
+class VllmGenerator:
+    """A causal language model in vLLM, in this process: its interpreter is the one of vLLM's environment.
+
+    Equal seeds give equal samples on one kind of device; they are other samples than transformers draws from them.
+    """
+
+    def __init__(self, sampling: Sampling, settings: Vllm) -> None:
+        """Raises ConfigError when vLLM cannot load the model."""
+        self._sampling = sampling
+        self._tokenizer = load_tokenizer(sampling.model, sampling.revision)
+        self._engine = engine.start(
+            sampling.model, sampling.revision, sampling.precision, sampling.max_tokens + 1, settings
+        )
+
+    def __call__(self, seeds: Sequence[int]) -> list[Sample]:
+        """One sample per seed, in order; the seeds are those of one whole block."""
+        from vllm import SamplingParams
+
+        # Ids, not text: to a text vLLM would add the tokenizer's own start token.
+        prompts = [{"prompt_token_ids": [self._sampling.start_id]} for _ in seeds]
+        settings = [
+            SamplingParams(
+                seed=seed,
+                temperature=1.0,
+                top_p=1.0,
+                max_tokens=self._sampling.max_tokens,
+                stop_token_ids=list(self._sampling.stop_ids),
+                ignore_eos=True,  # stop_ids hold it, and every other end the model knows
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        outputs = self._engine.generate(prompts, settings, use_tqdm=False)
+        return [sample_of(output.outputs[0].token_ids, self._sampling, self._tokenizer) for output in outputs]
