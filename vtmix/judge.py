@@ -1,0 +1,248 @@
+"""Classifiers that ask a language model: in vLLM, or behind an OpenAI-compatible server.
+
+What they ask, and what an answer says, is vtmix/question.py's. A text costs one forward pass per order of the options.
+"""
+
+import asyncio
+import ipaddress
+import json
+import math
+import os
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from vtmix import engine
+from vtmix.classify import Matrix
+from vtmix.encode import TODAY, load_tokenizer
+from vtmix.errors import ConfigError, DetectionError
+from vtmix.generate import context_of, model_config
+from vtmix.question import ANSWER, inquiry, marker_probabilities, marker_tokens
+from vtmix.settings import Endpoint, Judge
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+TOP = 20
+"""Log-probabilities that an OpenAI-compatible server gives at most: of the likeliest tokens."""
+
+ROUNDING = 1e-3
+"""By how much a log-probability may exceed 0, or probabilities 1, since servers round them."""
+
+ABOUT_THE_PROMPT = frozenset({400, 413, 422})
+"""Status codes of a request refused for what is in it: a text too long, or not to the server's taste."""
+
+RETRIED = frozenset({408, 409, 429})
+"""Status codes, beside 500 and above, after which the client asks again."""
+
+LONGEST_REASON = 300
+
+
+class VllmJudge:
+    """A judge in vLLM, in this process: its interpreter is the one of vLLM's environment."""
+
+    def __init__(
+        self,
+        settings: Judge,
+        location: str,
+        revision: str | None,
+        precision: engine.Precision,
+        domains: Sequence[str],
+        characters: int,
+    ) -> None:
+        """Raises ConfigError when the question cannot be asked of this model, or vLLM cannot load it."""
+        self._inquiry = inquiry(settings, domains, characters)
+        self._tokenizer = load_tokenizer(location, revision)
+        self._tokens = marker_tokens(self._tokenizer, self._inquiry.markers)
+        self._longest = self._longest_prompt(context_of(model_config(location, revision)))
+        self._engine = engine.start(location, revision, precision, self._longest + 1, settings)
+
+    def __call__(self, texts: Sequence[str]) -> Matrix:
+        """Probabilities (n, k + 1); a blank text is wholly unclassified."""
+        from vllm import SamplingParams
+
+        prompts = {(row, turn): ids for row, text in enumerate(texts) for turn, ids in enumerate(self._prompts(text))}
+        # Of the model's own softmax, whatever the one token that has to be drawn beside them.
+        wanted = [token for tokens in self._tokens for token in tokens]
+        settings = SamplingParams(temperature=0.0, max_tokens=1, logprob_token_ids=wanted, detokenize=False)
+        asked = [{"prompt_token_ids": ids} for ids in prompts.values()]
+        outputs = self._engine.generate(asked, settings, use_tqdm=False) if asked else []
+        answers = np.zeros((len(texts), len(self._inquiry.orders), len(self._tokens)))
+        for place, output in zip(prompts, outputs, strict=True):
+            found = output.outputs[0].logprobs[0]
+            answers[place] = [sum(np.exp(found[token].logprob) for token in tokens) for tokens in self._tokens]
+        return self._inquiry.tally(answers)
+
+    def _prompts(self, text: str) -> list[list[int]]:
+        """The prompts about a text, cut as far as the judge's context makes necessary."""
+        prompts = [self._encode(prompt) for prompt in self._inquiry.ask(text)]
+        if max(map(len, prompts), default=0) <= self._longest:
+            return prompts
+        return self._prompts(text[: min(len(text), self._inquiry.characters) // 2])
+
+    def _encode(self, prompt: str) -> list[int]:
+        """As an OpenAI-compatible server does, which leaves the start token to a chat template that there is."""
+        chat = self._tokenizer.chat_template
+        if chat:
+            prompt = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+                strftime_now=TODAY.strftime,
+            )
+        ids: list[int] = self._tokenizer(prompt if chat else prompt + ANSWER, add_special_tokens=not chat).input_ids
+        return ids
+
+    def _longest_prompt(self, context: int | None) -> int:
+        """Tokens: a question and a text of a token per character, if the context holds as many."""
+        asked = max(len(self._encode(self._inquiry.render(order, ""))) for order in self._inquiry.orders)
+        if context is not None and asked >= context:
+            raise ConfigError(
+                f"detection.classifier: the question without a text is {asked} tokens, and the judge's context holds "
+                f"{context}: shorten prompt and options, or take another model"
+            )
+        longest = asked + self._inquiry.characters
+        return longest if context is None else min(longest, context - 1)
+
+
+class EndpointJudge:
+    """A judge behind an OpenAI-compatible server. It holds no key: that is read from the environment for each call."""
+
+    def __init__(self, settings: Endpoint, domains: Sequence[str], characters: int) -> None:
+        """Raises ConfigError when the question does not fit the domains, or the key is not in the environment."""
+        self._settings = settings
+        self._inquiry = inquiry(settings, domains, characters)
+        self._tried = False
+        _key(settings)
+
+    def __call__(self, texts: Sequence[str]) -> Matrix:
+        """Probabilities (n, k + 1); a blank text is wholly unclassified, and so is an answer that cannot be read.
+
+        Raises DetectionError when the server refuses, gives no log-probabilities, or stays silent after all retries.
+        """
+        prompts = {
+            (row, turn): prompt for row, text in enumerate(texts) for turn, prompt in enumerate(self._inquiry.ask(text))
+        }
+        answers = np.zeros((len(texts), len(self._inquiry.orders), len(self._inquiry.markers)))
+        found = asyncio.run(self._ask_all(prompts.values())) if prompts else []
+        for place, answer in zip(prompts, found, strict=True):
+            answers[place] = answer
+        return self._inquiry.tally(answers)
+
+    async def _ask_all(self, prompts: Collection[str]) -> list[list[float]]:
+        """Per prompt, the probability of each marker, in order; zeros where no answer can be read."""
+        from openai import AsyncOpenAI
+
+        settings = self._settings
+        async with AsyncOpenAI(
+            base_url=settings.url, api_key=_key(settings), timeout=settings.timeout, max_retries=settings.retries
+        ) as client:
+            await self._try_once(client)
+            turns = asyncio.Semaphore(settings.concurrency)
+            tasks = [asyncio.create_task(self._ask(client, prompt, turns)) for prompt in prompts]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:  # one refusal ends them all
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _try_once(self, client: "AsyncOpenAI") -> None:
+        """Raises DetectionError when the server does not answer as it has to about a text that is beyond reproach."""
+        if not self._tried and not read_reply(await self._send(client, self._inquiry.ask("A text.")[0])):
+            raise DetectionError(
+                f"the judge at {_shown(self._settings.url)} replies without log-probabilities, from which answers are "
+                "read: take a server that gives them, or another detection.classifier.api"
+            )
+        self._tried = True
+
+    async def _ask(self, client: "AsyncOpenAI", prompt: str, turns: asyncio.Semaphore) -> list[float]:
+        async with turns:
+            reply = await self._send(client, prompt)
+        return marker_probabilities(read_reply(reply), self._inquiry.markers)
+
+    async def _send(self, client: "AsyncOpenAI", prompt: str) -> bytes:
+        """The server's reply to a prompt, as it came; empty where it refuses the prompt, but did answer another."""
+        import openai
+
+        settings = self._settings
+        # At temperature 1, servers that apply it to log-probabilities leave them as they are.
+        common: dict[str, Any] = {"model": settings.model, "max_tokens": 1, "temperature": 1.0, "top_p": 1.0}
+        try:
+            if settings.api == "chat":
+                message = {"role": "user", "content": prompt}
+                reply = await client.chat.completions.with_raw_response.create(
+                    messages=[message], logprobs=True, top_logprobs=TOP, **common
+                )
+            else:
+                reply = await client.completions.with_raw_response.create(
+                    prompt=prompt + ANSWER, logprobs=TOP, **common
+                )
+            content: bytes = reply.http_response.content
+        except openai.APIStatusError as error:
+            if self._tried and error.status_code in ABOUT_THE_PROMPT:
+                return b""
+            retried = error.status_code in RETRIED or error.status_code >= 500
+            problem = f"does not answer after {settings.retries} retries" if retried else "refuses to answer"
+            reason = str(error)
+        except openai.OpenAIError as error:
+            problem = f"does not answer after {settings.retries} retries"
+            reason = f"{error} {error.__cause__ or ''}"
+        else:
+            return content
+        # Out of the clauses above: the errors caught there hold the request, and with it the key.
+        raise DetectionError(
+            f"the judge at {_shown(settings.url)} {problem}: {self._without_key(reason)[:LONGEST_REASON]}: see to url, "
+            f"model, api and key (the variable {settings.key}) of detection.classifier, and run again"
+        )
+
+    def _without_key(self, message: str) -> str:
+        """A message in one line: servers repeat what they are sent."""
+        line = " ".join(message.split())
+        key = os.environ.get(self._settings.key, "").strip()
+        return line.replace(key, "…") if key else line
+
+
+def read_reply(reply: bytes) -> list[tuple[str, float]]:
+    """The likeliest first tokens of an answer and their log-probabilities; none when the reply does not hold them.
+
+    It is a chat completion or a completion as OpenAI's API reference describes them, or whatever a server sends.
+    """
+    try:
+        found = json.loads(reply)["choices"][0]["logprobs"]
+        if "content" in found:
+            pairs = [(top["token"], float(top["logprob"])) for top in found["content"][0]["top_logprobs"]]
+        else:
+            pairs = [(token, float(value)) for token, value in found["top_logprobs"][0].items()]
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+        return []
+    sound = all(isinstance(token, str) and value <= ROUNDING for token, value in pairs)  # nan is not
+    return pairs if sound and sum(math.exp(value) for _, value in pairs) <= 1 + ROUNDING else []
+
+
+def _key(settings: Endpoint) -> str:
+    """The key to send. Raises ConfigError, which does not show it, when there is none that can be sent."""
+    key = os.environ.get(settings.key, "").strip()
+    if not key and not _is_loopback(urlsplit(settings.url).hostname or ""):
+        raise ConfigError(
+            f"the environment variable {settings.key} is not set, expected it to hold the key for the judge at "
+            f"{_shown(settings.url)}: export it where detection runs, or name another in detection.classifier.key"
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"the environment variable {settings.key} holds characters that no key has: set it anew")
+    return key or "none"  # what runs on this machine mostly asks for none, but the client has to send one
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _shown(url: str) -> str:
+    """A URL without the user and password it may hold."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

@@ -1,0 +1,142 @@
+"""What a judge is asked about a text, and what its answer says: pure functions between text and probabilities.
+
+The domains are put as options behind markers (A, B, …), and the judge answers with one token. No answer is sampled: the
+probabilities of the markers as that token are read off. Mass on any other token is unclassified, the share of sampled
+answers that would have been none. Asked in several orders of the options, a preference for a place averages out.
+"""
+
+import math
+import re
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from vtmix.classify import Matrix
+from vtmix.errors import ConfigError, listing
+from vtmix.settings import Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PROMPT = (
+    "Which of these subjects is the text below about?\n\n{options}\n\nText:\n{text}\n\n"
+    "Reply with the label of one subject and with nothing else."
+)
+ANSWER = "\nAnswer:"
+"""What ends the prompt of a model that has no chat template."""
+
+SPACES = " \u2581\u0120"
+"""How the space before a word is spelled in tokens, by servers that show them raw too."""
+
+
+@dataclass(frozen=True)
+class Inquiry:
+    """A question ready to be put about any text: what `Question` says, with every default filled in.
+
+    `orders[i][j]` is the domain that stands at place j, behind marker j, when it is asked for the i-th time.
+    """
+
+    prompt: str
+    options: tuple[str, ...]
+    markers: tuple[str, ...]
+    orders: tuple[tuple[int, ...], ...]
+    characters: int
+
+    def ask(self, text: str) -> list[str]:
+        """The prompts about a text, one per order; none about a blank one. Long texts are cut."""
+        text = text[: self.characters].encode(errors="replace").decode()  # a lone surrogate cannot be sent
+        return [self.render(order, text) for order in self.orders] if text.strip() else []
+
+    def render(self, order: tuple[int, ...], text: str) -> str:
+        """The prompt about a text, with the options in this order."""
+        lines = [f"{marker}. {self.options[domain]}" for marker, domain in zip(self.markers, order, strict=True)]
+        fields = {"{options}": "\n".join(lines), "{text}": text}
+        # In one pass: a text may hold braces, and the name of a field.
+        return re.sub("|".join(map(re.escape, fields)), lambda field: fields[field[0]], self.prompt)
+
+    def tally(self, answers: npt.ArrayLike) -> Matrix:
+        """Marker probabilities by place (n, p, k), zeros where there was no answer → rows (n, k + 1) that sum to 1."""
+        found = np.asarray(answers, np.float64).reshape(-1, len(self.orders), len(self.options))
+        shares = np.zeros((len(found), len(self.options)))
+        for turn, order in enumerate(self.orders):
+            shares[:, order] += found[:, turn] / len(self.orders)
+        shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1)
+        return np.hstack([shares, np.maximum(1 - shares.sum(axis=1, keepdims=True), 0)])
+
+
+def inquiry(settings: Question, domains: Sequence[str], characters: int) -> Inquiry:
+    """The question that settings describe, about these domains; of a text, its first `characters` are shown.
+
+    Raises ConfigError naming everything in the settings that does not fit the domains.
+    """
+    count = len(domains)
+    prompt = PROMPT if settings.prompt is None else settings.prompt
+    markers = tuple(string.ascii_uppercase[:count]) if settings.markers is None else settings.markers
+    wrong = [f"prompt has no {field}, expected it once" for field in ("{text}", "{options}") if field not in prompt]
+    if foreign := [name for name in settings.options if name not in domains]:
+        wrong.append(f"options name {', '.join(map(repr, foreign))}, expected only domains: {', '.join(domains)}")
+    if len(markers) != count:
+        wrong.append(f"{len(markers)} markers found, expected one for each of the {count} domains: set markers")
+    if bad := [marker for marker in markers if marker != marker.strip() or not marker]:
+        wrong.append(f"markers {', '.join(map(repr, bad))} are blank or begin or end with whitespace")
+    if twice := sorted({marker for marker in markers if markers.count(marker) > 1}):
+        wrong.append(f"markers {', '.join(map(repr, twice))} stand for more than one domain")
+    if settings.permutations > count:
+        wrong.append(f"permutations is {settings.permutations}, expected at most the number of domains ({count})")
+    if wrong:
+        raise ConfigError(listing(f"detection.classifier: {line}" for line in wrong))
+    return Inquiry(
+        prompt=prompt,
+        options=tuple(settings.options.get(name, name) for name in domains),
+        markers=markers,
+        orders=rotations(count, settings.permutations),
+        characters=characters,
+    )
+
+
+def rotations(count: int, turns: int) -> tuple[tuple[int, ...], ...]:
+    """`turns` orders of `count` things, each the first one rotated, evenly spaced: with turns = count, everything
+    stands at every place once.
+    """
+    return tuple(tuple((place + turn * count // turns) % count for place in range(count)) for turn in range(turns))
+
+
+def marker_tokens(tokenizer: "PreTrainedTokenizerFast", markers: Sequence[str]) -> list[list[int]]:
+    """Per marker, the ids of the tokens that are read as it: the first of its own, and the one of it after a space.
+
+    Raises ConfigError naming the markers that begin with the same token.
+    """
+    first: dict[int, str] = {}
+    for marker in markers:
+        ids = tokenizer(marker, add_special_tokens=False).input_ids
+        if not ids:
+            raise ConfigError(f"detection.classifier: the judge's tokenizer has no token for marker {marker!r}")
+        if other := first.get(ids[0]):
+            raise ConfigError(
+                f"detection.classifier: markers {other!r} and {marker!r} begin with the same token of the judge's "
+                "tokenizer, so their answers cannot be told apart: set markers to others, such as single letters"
+            )
+        first[ids[0]] = marker
+    tokens = [[own] for own in first]
+    taken = set(first)
+    for place, marker in enumerate(markers):
+        spaced = tokenizer(f" {marker}", add_special_tokens=False).input_ids
+        if len(spaced) == 1 and spaced[0] not in taken:
+            tokens[place] += spaced
+            taken |= {*spaced}
+    return tokens
+
+
+def marker_probabilities(pairs: Iterable[tuple[str, float]], markers: Sequence[str]) -> list[float]:
+    """The probability of each marker: of the tokens that are it or, where no other begins alike, its beginning."""
+    shares = [0.0] * len(markers)
+    for token, value in pairs:
+        text = token.lstrip(SPACES)
+        meant = [text] if text in markers else [marker for marker in markers if text and marker.startswith(text)]
+        if len(meant) == 1:
+            shares[markers.index(meant[0])] += math.exp(value)
+    return shares
