@@ -6,9 +6,8 @@ import pytest
 import yaml
 
 from vtmix import config
-from vtmix.artifacts import SCHEMAS
 from vtmix.errors import ConfigError
-from vtmix.schemas import schemas
+from vtmix.schemas import ARTEFACTS, schemas
 
 MINIMAL = {"model": "some/model", "domains": {"law": {"train": "law.jsonl"}}}
 
@@ -127,7 +126,13 @@ def test_only_settings_that_change_results_count_as_differences(tmp_path):
 
 
 def test_every_execution_only_setting_exists(tmp_path):
-    known = config.flatten(load(tmp_path, MINIMAL).model_dump(mode="json"))
+    judge = {"engine": {"kind": "vllm", "python": "p"}, "classifier": {"kind": "judge", "python": "p"}}
+    endpoint = {"classifier": {"kind": "endpoint", "url": "http://127.0.0.1:8000/v1", "model": "m"}}
+    known = {
+        key
+        for detection in (judge, endpoint)
+        for key in config.flatten(load(tmp_path, {**MINIMAL, "detection": detection}).model_dump(mode="json"))
+    }
     for name in config.EXECUTION_ONLY:
         assert any(key == name or key.startswith(name + ".") for key in known), name
 
@@ -138,7 +143,7 @@ def test_the_committed_schemas_are_those_of_the_models(pytestconfig):
     assert {path.name for path in folder.glob("*.schema.json")} == set(generated)
     for name, content in generated.items():
         assert (folder / name).read_text(encoding="utf-8") == content, f"{name} is stale: run `make schemas`"
-    assert set(generated) == {f"{name}.schema.json" for name in ("mixture", *SCHEMAS)}
+    assert set(generated) == {f"{name}.schema.json" for name in ("mixture", *ARTEFACTS)}
 
 
 def test_the_schema_accepts_shorthand_sources(pytestconfig):

@@ -389,14 +389,3 @@ def run_folder(config: MixtureConfig) -> RunFolder:
     """The run folder a configuration names, with absolute paths."""
     pool = config.resolve(config.pool.folder) if config.pool.folder else None
     return RunFolder(config.resolve(config.run), pool)
-
-
-SCHEMAS: dict[str, type[Artefact]] = {
-    "pool": PoolManifest,
-    "detection": DetectionReport,
-    "reference": Reference,
-    "losses": Losses,
-    "weights": Weights,
-    "plan": Plan,
-    "manifest": Manifest,
-}

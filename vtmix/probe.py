@@ -139,9 +139,7 @@ class _Regression:
     def __init__(self) -> None:
         from sklearn.linear_model import LogisticRegression
 
-        self._model: Any = LogisticRegression(
-            C=10.0, class_weight="balanced", max_iter=2000, tol=1e-4, warm_start=True
-        )
+        self._model: Any = LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000, tol=1e-4, warm_start=True)
 
     def fit(self, vectors: Sequence[Matrix]) -> tuple[Matrix, Matrix]:
         """Coefficients (k, d) and intercepts (k); class j is vectors[j]."""

@@ -7,15 +7,29 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from vtmix.artifacts import SCHEMAS
+from vtmix import artifacts
+from vtmix.checkpoints import Checkpoint
+from vtmix.probe import FittedProbe
 from vtmix.settings import MixtureConfig
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
+ARTEFACTS: dict[str, type[artifacts.Artefact]] = {
+    "pool": artifacts.PoolManifest,
+    "classifier": FittedProbe,
+    "detection": artifacts.DetectionReport,
+    "reference": artifacts.Reference,
+    "losses": artifacts.Losses,
+    "weights": artifacts.Weights,
+    "plan": artifacts.Plan,
+    "manifest": artifacts.Manifest,
+    "checkpoint": Checkpoint,
+}
+
 
 def schemas() -> Iterator[tuple[str, str]]:
     """File name and content of every schema."""
-    models: dict[str, type[BaseModel]] = {"mixture": MixtureConfig, **SCHEMAS}
+    models: dict[str, type[BaseModel]] = {"mixture": MixtureConfig, **ARTEFACTS}
     for name, model in models.items():
         mode = "validation" if name == "mixture" else "serialization"
         content = {"$schema": DIALECT, **model.model_json_schema(mode=mode)}  # type: ignore[arg-type]
