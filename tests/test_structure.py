@@ -21,12 +21,12 @@ LAYERS = [
     {"settings"},
     {"config", "commit", "progress", "distribute", "environments", "engine", "published", "forecast"},
     {"artifacts"},
-    {"mds", "records", "sources", "samples", "cluster", "schemas"},
+    {"mds", "records", "sources", "samples", "cluster"},
     {"encode", "weights", "plan", "pool", "batches", "checkpoints", "estimate", "classify", "question"},
     {"parts", "reduce", "pooling", "shards", "generate", "probe", "judge", "stages"},
     {"compile"},
     {"verify", "detect", "reference"},
-    {"loop", "status", "show"},
+    {"loop", "status", "show", "schemas"},
     {"cli"},
 ]
 
