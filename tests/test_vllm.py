@@ -129,6 +129,14 @@ def found(samplings, tmp_path_factory):
 
 
 @needs_vllm
+def test_a_model_or_an_argument_that_vllm_cannot_take_is_refused_in_one_line(found):
+    absent, nonsense = found["refusals"]
+    assert "/bent/absent': " in absent
+    assert "unexpected keyword argument 'nonsense'" in nonsense
+    assert all(message.startswith("vLLM cannot load ") and "\n" not in message for message in (absent, nonsense))
+
+
+@needs_vllm
 @pytest.mark.parametrize("name", ["bent", "bare"])
 def test_equal_seeds_give_equal_samples_whichever_block_comes_first(found, name):
     blocks = found[name]["blocks"]

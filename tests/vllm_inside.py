@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vtmix import engine
+from vtmix.errors import ConfigError
 from vtmix.generate import Sampling, VllmGenerator
 from vtmix.judge import VllmJudge
 from vtmix.settings import Judge, Vllm
@@ -38,6 +40,17 @@ def draw(sampling: dict[str, Any], blocks: dict[str, list[int]], singles: list[i
     }
 
 
+def refusals(model: str) -> list[str]:
+    """What is said of a model that is not there, and of an argument vLLM does not know."""
+    found = []
+    for name, arguments in ((f"{model}/absent", {}), (model, {"nonsense": 1})):
+        try:
+            engine.start(name, None, "fp32", 16, Vllm(kind="vllm", python=sys.executable, arguments=arguments))
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
 def judge(settings: dict[str, Any], model: str, domains: list[str], texts: list[str]) -> dict[str, Any]:
     """Rows of texts together, alone, and of none; settings hold an engine argument of the test's own."""
     found = VllmJudge(
@@ -54,7 +67,7 @@ def judge(settings: dict[str, Any], model: str, domains: list[str], texts: list[
 def main() -> None:
     """One engine after the other: vLLM's state of a process is taken down with the engine that made it."""
     asked = json.loads(Path(sys.argv[1]).read_text())
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"refusals": refusals(asked["draw"]["bent"]["sampling"]["model"])}
     for name, request in asked["draw"].items():
         found[name] = draw(**request)
         gc.collect()

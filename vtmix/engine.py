@@ -20,6 +20,8 @@ KV_CACHE = 2 << 30
 """Bytes for keys and values on CPUs, where vLLM would take most of the memory: enough for a block of 256 texts of 256
 tokens of a model of 135 million parameters, which takes more turns with less."""
 
+LONGEST_REASON = 300
+
 # What other settings say, what would bend the distribution, and what would run code that a model folder holds.
 RESERVED = frozenset(
     {
@@ -91,8 +93,8 @@ def start(model: str, revision: str | None, precision: Precision, longest: int, 
             **chosen,
         )
     except (OSError, TypeError, ValueError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"vLLM cannot load {model!r}: {reason}") from None
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        raise ConfigError(f"vLLM cannot load {model!r}: {reason}: see to the model and to `arguments`") from None
 
 
 def _prepare() -> None:

