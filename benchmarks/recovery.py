@@ -167,6 +167,7 @@ def detected(folder: Path, model: Path, sources: dict[str, Path], options: Any) 
                 "samples": -(-options.samples // 4),
                 "max_tokens": options.tokens,
                 "precision": "fp32",
+                "control": options.control,
                 "correct": True,
             },
         },
@@ -209,6 +210,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where models and detections are kept (default: nowhere)")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--samples", type=int, default=4096, help="per mixture")
+    parser.add_argument("--control", type=int, default=512, help="samples per domain that measure the classifier")
     parser.add_argument("--tokens", type=int, default=128, help="of a training row and of a sample")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -217,6 +219,7 @@ def main() -> int:
     truths: tuple[dict[str, float], ...] = TRUTHS
     if options.quick:
         truths, options.steps, options.samples, options.tokens = TRUTHS[:1], 60, 128, 32
+        options.control = 16
     figures: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)

@@ -87,8 +87,10 @@ def prepared(config: MixtureConfig) -> tuple[Parts, stages._Generate, stages._Cl
 def draw_here(config: MixtureConfig, order: Callable[[list[Block]], list[Block]] = list) -> None:
     """Commits every missing part with the two stages called in this process, one block after the other."""
     parts, generate, classify = prepared(config)
+    openings = detect._openings(config, parts.missing())
     for block in order(parts.missing()):
-        parts.publish(block, classify(generate({"block": list(block)}))["part"])
+        row = {"block": list(block), "openings": json.dumps(openings[block])}
+        parts.publish(block, classify(generate(row))["part"])
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
@@ -195,6 +197,8 @@ def test_the_report_records_what_it_was_made_from(golden, world, tiny_model):
     assert report.inputs["sampling"] == {
         **SIZES,
         "stop_at_margin": None,
+        "control": 0,
+        "opening": 8,
         "start_token": None,
         "temperature": 1.0,
         "top_p": 1.0,
@@ -244,6 +248,28 @@ def test_a_detection_stops_at_the_margin_and_leaves_what_comes_after_it(golden, 
         assert 1.96 * column.std(ddof=0) / report.samples**0.5 <= 0.08
     assert report.paper_tokens == round(report.tokens / report.samples * 200_000)
     assert parts_in(world.detected("early")) == BLOCKS
+
+
+def test_the_control_group_measures_the_classifier_on_the_models_own_writing(world, tiny_model):
+    config = world.config("control", samples=16, iterations=1, control=12, correct=True)
+    draw_here(config, order=lambda blocks: blocks[::-1])
+    report = detect.detect(config)
+    folder = world.detected("control")
+    rows = rows_of(folder).filter(pl.col("iteration") == 0).sort("sample")
+    assert (report.samples, len(rows), report.control.heldout_texts) == (16, 36, 36)
+    tokenizer = load_tokenizer(str(tiny_model))
+    for number, domain in enumerate(WORDS):
+        texts = pool.texts(world.folder / "pool" / domain)
+        written = rows.filter(pl.col("sample") // 12 == number)
+        for row, text in zip(written.iter_rows(named=True), texts, strict=False):
+            assert row["token_ids"][:8] == tokenizer(text, add_special_tokens=False).input_ids[:8]
+            assert 8 <= row["tokens"] <= 16
+        for other, share in report.control.confusion[domain].items():
+            column = other if other == "unclassified" else f"p_{other}"
+            assert share == pytest.approx(written[column].mean())
+    assert report.distribution == pytest.approx({name: share.mean for name, share in report.corrected.items()})
+    assert report.knowledge == "detected, corrected"
+    assert not any("[0/" in line for line in show.show(folder, list(WORDS), 20))
 
 
 def test_samples_are_shown_by_domain_with_their_probabilities_and_move_no_cursor(golden, world):
@@ -505,7 +531,7 @@ def test_samples_are_neither_lost_nor_invented_between_the_stages(golden, world)
     config = world.config("golden")
     parts, generate, classify = prepared(config)
     block = parts.blocks[3]
-    row = generate({"block": list(block)})
+    row = generate({"block": list(block), "openings": "[]"})
     drawn = [Sample(text, tuple(ids), reason) for text, ids, reason in json.loads(row["samples"])]
     assert drawn == generate._generator(parts.seeds(block))
     assert (golden / block.name).read_bytes() == classify(row)["part"]

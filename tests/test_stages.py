@@ -18,10 +18,11 @@ pytestmark = pytest.mark.slow
 
 SECONDS = 0.3
 PARTS = Parts(Path("nowhere"), ("law", "code"), blocks_of(1, 24, 2), 1, {})
+BLOCKS = dict.fromkeys(PARTS.blocks, ())
 
 
 class SlowSampler:
-    def __call__(self, seeds):
+    def __call__(self, seeds, openings):
         time.sleep(SECONDS)
         return [Sample("text", (1, 2), "stop") for _ in seeds]
 
@@ -52,7 +53,7 @@ def stage(make, cpus=0.5):
 def test_both_stages_are_busy_at_the_same_time(ray_cluster):
     arrivals = []
     drawn = []
-    for found in stages.draw(PARTS, PARTS.blocks, stage(SlowSampler), stage(SlowClassifier)):
+    for found in stages.draw(PARTS, BLOCKS, stage(SlowSampler), stage(SlowClassifier)):
         arrivals.append(time.monotonic())
         drawn.append(found)
     assert sorted(found.block for found in drawn) == sorted(PARTS.blocks)
@@ -65,7 +66,7 @@ def test_stopped_early_the_actors_end(ray_cluster):
     import ray
 
     idle = ray.cluster_resources()["CPU"]
-    drawn = stages.draw(PARTS, PARTS.blocks, stage(SlowSampler), stage(SlowClassifier))
+    drawn = stages.draw(PARTS, BLOCKS, stage(SlowSampler), stage(SlowClassifier))
     next(drawn)
     assert ray.available_resources()["CPU"] < idle
     drawn.close()
@@ -86,4 +87,4 @@ def test_a_judge_that_gives_up_is_one_line(ray_cluster):
 
 def test_more_than_the_cluster_has_is_refused_before_anything_waits_for_it(ray_cluster):
     with pytest.raises(ConfigError, match=r"the Ray cluster has .* CPUs, and the stages reserve 1000\.5"):
-        next(stages.draw(PARTS, PARTS.blocks, stage(SlowSampler, cpus=1000), stage(SlowClassifier)))
+        next(stages.draw(PARTS, BLOCKS, stage(SlowSampler, cpus=1000), stage(SlowClassifier)))

@@ -195,6 +195,9 @@ class DetectionReport(Artefact):
     ] = 0
     start_token: str | None = None
     classifier: ClassifierReport | None = None
+    control: Annotated[
+        ClassifierReport | None, Field(description="the classifier on the model's own writing; null: not measured")
+    ] = None
 
     @model_validator(mode="after")
     def _sums_to_one(self) -> Self:

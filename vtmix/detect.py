@@ -6,7 +6,7 @@ only and ends with the same bytes. The estimate is computed from the parts.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from vtmix.environments import require_vllm
 from vtmix.errors import DetectionError
 from vtmix.estimate import EarlyStop
 from vtmix.judge import EndpointJudge, VllmJudge
-from vtmix.samples import Parts, blocks_of
+from vtmix.samples import CONTROL, Block, Parts, blocks_of, control_blocks, probability_columns
 from vtmix.settings import Endpoint, MixtureConfig, Probe, Vllm
 from vtmix.stages import Stage
 
 PAPER_SAMPLES = 200_000
+OPENING = 8
+"""Tokens of a text that the control group continues: enough to say what it is about, too few to classify by."""
 EXECUTION_ONLY = {"python", "concurrency", "timeout", "retries", "key"}
 """Settings of engines and classifiers that no sample depends on."""
 
@@ -59,7 +61,7 @@ def detect(config: MixtureConfig) -> DetectionReport:
         classifier = _classifier(run, config, inputs, connect)
         parts = _parts(run, config, inputs, classifier)
         samples = _draw(parts, config, sampling, classifier, connect)
-        report = _report(samples, config, inputs, sampling.start_token, classifier)
+        report = _report(parts, samples, config, inputs, sampling.start_token, classifier)
         report.publish(run.detection)
     return report
 
@@ -107,8 +109,12 @@ def _inputs(run: RunFolder, config: MixtureConfig) -> Inputs:
         "sampling": {
             **settings.model_dump(
                 mode="json",
-                include={"iterations", "samples", "stop_at_margin", "max_tokens", "block", "start_token", "precision"},
+                include={
+                    *("iterations", "samples", "stop_at_margin", "max_tokens", "block"),
+                    *("start_token", "precision", "control"),
+                },
             ),
+            "opening": OPENING,
             **generate.DECODING,
         },
         "engine": settings.engine.model_dump(mode="json", exclude=EXECUTION_ONLY),
@@ -175,6 +181,7 @@ def _parts(run: RunFolder, config: MixtureConfig, inputs: Inputs, classifier: Me
         blocks=blocks_of(settings.iterations, settings.samples, settings.block),
         seed=config.seed,
         made_from={"inputs": made_from, "classifier": classifier.fingerprint()},
+        control=control_blocks(len(config.domains), settings.control, settings.block),
     )
 
 
@@ -185,7 +192,7 @@ def _draw(
     classifier: MeasuredClassifier,
     connect: Callable[[], None],
 ) -> pl.DataFrame:
-    """Every sample of the detection: those that are committed, and those that were missing."""
+    """Every sample of the detection but its control group: those that are committed, and those that were missing."""
     missing = parts.missing()
     stop = EarlyStop(parts.rounds, parts.domains, config.detection.stop_at_margin)
     absent = set(missing)
@@ -193,26 +200,48 @@ def _draw(
     if config.detection.stop_at_margin is not None:
         for block, frame in zip(present, parts.read(present), strict=True):
             stop.take(block, frame)
-    if missing and stop.rounds is None:
+    if missing and (stop.rounds is None or absent.intersection(parts.control)):
         classifying = _classifying(config, classifier)
         engine = _engine(config)
         connect()
         generating = _generating(config, sampling)
         samples = sum(block.stop - block.start for block in missing)
         watch = forecast.Stopwatch(engine, config.detection.generate.actors, config.detection.classify.actors)
-        drawn = stages.draw(parts, missing, generating, classifying)
+        drawn = stages.draw(parts, _openings(config, missing), generating, classifying)
         with progress.bar("detect", samples, "samples") as advance:
             for found in drawn:
                 parts.publish(found.block, found.part)
                 watch.take(found.block.stop - found.block.start, found.tokens, found.generating, found.classifying)
                 advance(found.block.stop - found.block.start)
-                stop.take(found.block, parts.decode(found.part))
-                if stop.rounds is not None:
+                absent.remove(found.block)
+                if found.block not in parts.control:
+                    stop.take(found.block, parts.decode(found.part))
+                if stop.rounds is not None and absent.isdisjoint(parts.control):
                     break
         drawn.close()
         watch.append(parts.folder / forecast.RATES)
     rounds = parts.rounds[: stop.rounds]
     return pl.concat(parts.read([block for blocks in rounds for block in blocks]))
+
+
+def _openings(config: MixtureConfig, blocks: Sequence[Block]) -> dict[Block, generate.Openings]:
+    """What the samples of each block are to continue: openings of the domains' texts for the control group."""
+    if not any(block.iteration == CONTROL for block in blocks):
+        return dict.fromkeys(blocks, ())
+    tokenizer = load_tokenizer(config.model_location(config.model), config.model.revision)
+    count = config.detection.control
+    openings: list[list[int]] = []
+    for domain in config.domains:
+        texts = pool.texts(run_folder(config).pool(domain))
+        ids = tokenizer([text[: 64 * OPENING] for text in texts], add_special_tokens=False).input_ids
+        long_enough = [found[:OPENING] for found in ids if len(found) >= OPENING]
+        if not long_enough:
+            raise DetectionError(
+                f"domain '{domain}' has no text of {OPENING} tokens that the control group could continue: add samples "
+                "to it, raise pool.texts and rebuild its pool, or set detection.control to 0"
+            )
+        openings += [long_enough[number % len(long_enough)] for number in range(count)]
+    return {block: openings[block.start : block.stop] if block.iteration == CONTROL else () for block in blocks}
 
 
 def _cpus(config: MixtureConfig) -> float:
@@ -277,6 +306,7 @@ def _gpus(config: MixtureConfig) -> float:
 
 
 def _report(
+    parts: Parts,
     samples: pl.DataFrame,
     config: MixtureConfig,
     inputs: Inputs,
@@ -288,7 +318,9 @@ def _report(
     unclassified = estimate.unclassified(samples)
     _refuse_unclassified(unclassified, len(samples), config)
     raw = estimate.distribution(shares)
-    corrected = estimate.corrected(samples, classify.read_judged(_heldout(run), domains), config.seed)
+    control = _control(parts)
+    judged = control or classify.read_judged(_heldout(run), domains)
+    corrected = estimate.corrected(samples, judged, config.seed)
     tokens = int(samples["tokens"].sum())
     return DetectionReport(
         inputs=inputs,
@@ -302,7 +334,16 @@ def _report(
         paper_tokens=round(tokens / len(samples) * PAPER_SAMPLES),
         start_token=start_token,
         classifier=classifier.report,
+        control=classify.measure("control", control) if control else None,
     )
+
+
+def _control(parts: Parts) -> Judged | None:
+    """The control group's probabilities by the domain whose openings it continued."""
+    if not parts.control:
+        return None
+    rows = pl.concat(parts.read(parts.control)).select(probability_columns(parts.domains)).to_numpy()
+    return dict(zip(parts.domains, np.split(rows, len(parts.domains)), strict=True))
 
 
 def _heldout(run: RunFolder) -> Path:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 DECODING = {"temperature": 1.0, "top_p": 1.0, "top_k": None, "repetition_penalty": 1.0}
 
 
+Openings = Sequence[Sequence[int]]
+"""The token ids that samples are to continue, one per sample and all of one length; empty: the start token alone."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """What to sample from and how: small, so that it travels to the actor that loads the model."""
@@ -121,6 +125,11 @@ def _ends(config: Any, location: str, revision: str | None) -> set[int]:
     return set(ends if isinstance(ends, list) else [ends])
 
 
+def prompts(start_id: int, count: int, openings: Openings) -> list[list[int]]:
+    """What each sample starts from: the start token, and the opening it is to continue, if there are any."""
+    return [[start_id, *opening] for opening in openings or [()] * count]
+
+
 def sample_of(ids: Sequence[int], sampling: Sampling, tokenizer: "PreTrainedTokenizerFast") -> Sample:
     """The sample that generated ids are: what stands before the first stop token."""
     end = next((place for place, token in enumerate(ids) if token in sampling.stop_ids), None)
@@ -145,7 +154,7 @@ class TransformersGenerator:
         self._model = self._load()
         self._settings = GenerationConfig(
             do_sample=False,
-            max_new_tokens=sampling.max_tokens,
+            max_length=1 + sampling.max_tokens,
             eos_token_id=list(sampling.stop_ids),
             pad_token_id=int(sampling.start_id == 0),  # any but the start token, which would look like padding
         )
@@ -166,11 +175,11 @@ class TransformersGenerator:
         model.generation_config = GenerationConfig()
         return model.to(self._device).eval()
 
-    def __call__(self, seeds: Sequence[int]) -> list[Sample]:
+    def __call__(self, seeds: Sequence[int], openings: Openings = ()) -> list[Sample]:
         """One sample per seed, in order; the seeds are those of one whole block."""
         import torch
 
-        start = torch.full((len(seeds), 1), self._sampling.start_id, device=self._device)
+        start = torch.tensor(prompts(self._sampling.start_id, len(seeds), openings), device=self._device)
         drawn = torch.from_numpy(uniforms(seeds, self._sampling.max_tokens)).to(self._device)
         try:
             with torch.inference_mode():
@@ -219,23 +228,26 @@ class VllmGenerator:
             sampling.model, sampling.revision, sampling.precision, sampling.max_tokens + 1, settings
         )
 
-    def __call__(self, seeds: Sequence[int]) -> list[Sample]:
+    def __call__(self, seeds: Sequence[int], openings: Openings = ()) -> list[Sample]:
         """One sample per seed, in order; the seeds are those of one whole block."""
         from vllm import SamplingParams
 
         # Ids, not text: to a text vLLM would add the tokenizer's own start token.
-        prompts = [{"prompt_token_ids": [self._sampling.start_id]} for _ in seeds]
+        starts = prompts(self._sampling.start_id, len(seeds), openings)
         settings = [
             SamplingParams(
                 seed=seed,
                 temperature=1.0,
                 top_p=1.0,
-                max_tokens=self._sampling.max_tokens,
+                max_tokens=1 + self._sampling.max_tokens - len(start),
                 stop_token_ids=list(self._sampling.stop_ids),
                 ignore_eos=True,  # stop_ids hold it, and every other end the model knows
                 detokenize=False,
             )
-            for seed in seeds
+            for seed, start in zip(seeds, starts, strict=True)
         ]
-        outputs = self._engine.generate(prompts, settings, use_tqdm=False)
-        return [sample_of(output.outputs[0].token_ids, self._sampling, self._tokenizer) for output in outputs]
+        outputs = self._engine.generate([{"prompt_token_ids": start} for start in starts], settings, use_tqdm=False)
+        return [
+            sample_of([*start[1:], *output.outputs[0].token_ids], self._sampling, self._tokenizer)
+            for start, output in zip(starts, outputs, strict=True)
+        ]

@@ -2,7 +2,7 @@
 
 detection/iteration-01/part-00000.parquet holds, for each sample of the block:
 
-    iteration      int32          1, 2, …
+    iteration      int32          1, 2, …; 0: the control group, which continues openings of the domains' own texts
     sample         int64          its index within the iteration, 0, 1, …
     seed           int64          what it was drawn with
     text           string         without special tokens; may be empty
@@ -37,6 +37,8 @@ from vtmix.errors import ConflictError, DamageError, listing
 
 METADATA_KEY = b"vtmix"
 UNCLASSIFIED = "unclassified"
+CONTROL = 0
+"""The iteration that holds the control group."""
 
 FinishReason = Literal["length", "stop"]
 
@@ -87,6 +89,14 @@ def blocks_of(iterations: int, samples: int, size: int) -> tuple[Block, ...]:
     )
 
 
+def control_blocks(domains: int, texts: int, size: int) -> tuple[Block, ...]:
+    """The control group's blocks, an iteration 0: sample i continues an opening of domain i // texts."""
+    total = domains * texts
+    return tuple(
+        Block(CONTROL, part, start, min(start + size, total)) for part, start in enumerate(range(0, total, size))
+    )
+
+
 def schema_of(domains: Sequence[str]) -> pa.Schema:
     """The columns of a part."""
     return pa.schema(
@@ -105,13 +115,14 @@ def schema_of(domains: Sequence[str]) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts a detection consists of; `made_from` is what each must say of itself."""
+    """The parts a detection consists of, its control group's among them; `made_from` is what each says of itself."""
 
     folder: Path
     domains: tuple[str, ...]
     blocks: tuple[Block, ...]
     seed: int
     made_from: Inputs
+    control: tuple[Block, ...] = ()
 
     @property
     def rounds(self) -> tuple[tuple[Block, ...], ...]:
@@ -154,7 +165,7 @@ class Parts:
         for leftover in self.folder.glob("iteration-*/.part-*"):
             leftover.unlink()
         present = {str(path.relative_to(self.folder)) for path in self.folder.glob("iteration-*/*.parquet")}
-        expected = {block.name: block for block in self.blocks}
+        expected = {block.name: block for block in (*self.control, *self.blocks)}
         found = {name: _metadata(self.folder / name) for name in sorted(present)}
         _refuse_damage(self.folder, [f"{name}: not readable as Parquet" for name in found if found[name] is None])
         foreign = []

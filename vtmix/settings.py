@@ -199,6 +199,14 @@ class Detection(Model):
     device: Annotated[str, Field(description="auto, cpu, cuda")] = "auto"
     engine: Annotated[Transformers | Vllm, Field(discriminator="kind")] = Transformers()
     classifier: Annotated[Probe | Judge | Endpoint, Field(discriminator="kind")] = Probe()
+    control: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="samples per domain that continue openings of its texts, so that the classifier is measured on "
+            "the model's own writing; 0: on the domains' texts alone",
+        ),
+    ] = 0
     correct: Annotated[
         bool, Field(description="take the shares corrected by the classifier's confusion matrix for the distribution")
     ] = False

@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 
 from vtmix.errors import DamageError, MissingError
-from vtmix.samples import UNCLASSIFIED, probability_columns
+from vtmix.samples import CONTROL, UNCLASSIFIED, probability_columns
 
 CHARACTERS = 300
 
@@ -16,14 +16,15 @@ def show(folder: Path, domains: Sequence[str], count: int) -> Iterator[str]:
 
     The first are as good as any: samples are independent. Raises MissingError when no sample is committed yet.
     """
-    if not any(folder.glob("iteration-*/part-*.parquet")):
+    files = [
+        path for path in folder.glob("iteration-*/part-*.parquet") if path.parent.name != f"iteration-{CONTROL:02d}"
+    ]
+    if not files:
         raise MissingError(f"{folder} holds no samples yet: run `vtmix detect` first")
     columns = probability_columns(domains)
     names = dict(zip(columns, [*domains, UNCLASSIFIED], strict=True))
     try:
-        samples = pl.read_parquet(
-            folder / "iteration-*" / "part-*.parquet", columns=["iteration", "sample", "text", *columns]
-        )
+        samples = pl.read_parquet(sorted(files), columns=["iteration", "sample", "text", *columns])
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DamageError(f"{folder}: {str(error).splitlines()[0]}: `vtmix detect` names what is damaged") from None
     rows = samples.select(columns).to_numpy()

@@ -20,11 +20,12 @@ from vtmix import cluster
 from vtmix.classify import Classifier, Matrix
 from vtmix.distribute import cores
 from vtmix.errors import DetectionError
+from vtmix.generate import Openings
 from vtmix.samples import Block, Parts, Sample
 from vtmix.settings import Resources
 
-Sampler = Callable[[Sequence[int]], list[Sample]]
-"""The seeds of one whole block → its samples, in order."""
+Sampler = Callable[[Sequence[int], Openings], list[Sample]]
+"""The seeds of one whole block, and what its samples are to continue → its samples, in order."""
 
 TEXTS_PER_ROW = 64
 
@@ -73,14 +74,16 @@ class Drawn(NamedTuple):
     classifying: float
 
 
-def draw(parts: Parts, blocks: Sequence[Block], generating: Stage, classifying: Stage) -> Generator[Drawn, None, None]:
-    """Generates and classifies blocks; yields them as they are ready, in any order.
+def draw(
+    parts: Parts, blocks: Mapping[Block, Openings], generating: Stage, classifying: Stage
+) -> Generator[Drawn, None, None]:
+    """Generates and classifies blocks, each with what its samples are to continue; yields them in any order.
 
     Needs a connected cluster. Raises ConfigError when the stages reserve more than it has, DetectionError when a
     worker gives up.
     """
     cluster.require_resources(generating.cpus + classifying.cpus, generating.all_gpus + classifying.all_gpus)
-    rows = _rows([{"block": list(block)} for block in blocks])
+    rows = _rows([{"block": list(block), "openings": json.dumps(found)} for block, found in blocks.items()])
     files = classifying.mapped(generating.mapped(rows, _Generate, parts, generating.resources.actors), _Classify, parts)
     for row in _results(files):
         yield Drawn(Block(*row["block"]), row["part"], row["tokens"], row["generating"], row["classifying"])
@@ -140,8 +143,9 @@ class _Generate:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         generator = self._generator
         start = time.perf_counter()
-        samples = generator(self._parts.seeds(Block(*row["block"])))
-        return row | {
+        samples = generator(self._parts.seeds(Block(*row["block"])), json.loads(row["openings"]))
+        return {
+            "block": row["block"],
             "samples": json.dumps([dataclasses.astuple(sample) for sample in samples]),
             "generating": time.perf_counter() - start,
         }
