@@ -79,7 +79,7 @@ def prepared(config: MixtureConfig) -> tuple[Parts, stages._Generate, stages._Cl
     make = functools.partial(TransformersGenerator, sampling(config, tokenizer))
     return (
         parts,
-        stages._Generate(parts, 1, make),
+        stages._Generate(parts, make),
         stages._Classify(parts, functools.partial(LinearProbe, classifier)),
     )
 
@@ -387,7 +387,7 @@ def test_a_model_that_cannot_be_loaded_is_one_line(world, tiny_model, tmp_path, 
     with pytest.raises(DetectionError) as error:
         detect.detect(world.config("hollow", model=hollow))
     assert "\n" not in str(error.value)
-    assert f"sampling stopped: ConfigError: model: cannot load '{hollow}': Error no file named" in str(error.value)
+    assert f"sampling stopped: model: cannot load '{hollow}': Error no file named" in str(error.value)
     assert "what is committed is kept, a rerun goes on from there" in str(error.value)
 
 

@@ -13,13 +13,14 @@ PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 
 
 def vllm_settings(python: Path = PYTHON) -> dict:
+    environment = {"python": str(python), "arguments": {"kv_cache_memory_bytes": 1 << 27}}
     return {
         "iterations": 2,
         "samples": 12,
         "block": 6,
         "max_unclassified": 1.0,  # the tiny model has never heard of letters behind options
-        "engine": {"kind": "vllm", "python": str(python)},
-        "classifier": {"kind": "judge", "python": str(python), "heldout": 4, "permutations": 3},
+        "engine": {"kind": "vllm", **environment},
+        "classifier": {"kind": "judge", **environment, "heldout": 4, "permutations": 3},
     }
 
 

@@ -65,12 +65,12 @@ def test_both_stages_are_busy_at_the_same_time(ray_cluster):
 def test_stopped_early_the_actors_end(ray_cluster):
     import ray
 
-    idle = ray.cluster_resources()["CPU"]
+    idle = ray.available_resources()["CPU"]
     drawn = stages.draw(PARTS, BLOCKS, stage(SlowSampler), stage(SlowClassifier))
     next(drawn)
-    assert ray.available_resources()["CPU"] < idle
+    wait_until(lambda: ray.available_resources()["CPU"] < idle, seconds=60, pause=0.2)
     drawn.close()
-    wait_until(lambda: ray.available_resources()["CPU"] == idle, seconds=60, pause=0.2)
+    wait_until(lambda: ray.available_resources()["CPU"] >= idle, seconds=60, pause=0.2)
 
 
 def test_labelled_texts_come_back_in_their_places(ray_cluster):
@@ -80,7 +80,7 @@ def test_labelled_texts_come_back_in_their_places(ray_cluster):
 
 
 def test_a_judge_that_gives_up_is_one_line(ray_cluster):
-    with pytest.raises(DetectionError, match="sampling stopped: DetectionError: the judge has gone home: what is") as e:
+    with pytest.raises(DetectionError, match="sampling stopped: the judge has gone home: what is") as e:
         list(stages.judge({"law": ["a"]}, stage(GivesUp)))
     assert "\n" not in str(e.value)
 

@@ -14,7 +14,21 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from vtmix import classify, cluster, commit, estimate, forecast, generate, pool, probe, progress, published, stages
+from vtmix import (
+    classify,
+    cluster,
+    commit,
+    engine,
+    estimate,
+    forecast,
+    generate,
+    pool,
+    probe,
+    progress,
+    published,
+    question,
+    stages,
+)
 from vtmix.artifacts import DetectionReport, Inputs, PoolManifest, RunFolder, run_folder
 from vtmix.classify import Judged, MeasuredClassifier
 from vtmix.encode import load_tokenizer, tokenizer_digest
@@ -29,8 +43,8 @@ from vtmix.stages import Stage
 PAPER_SAMPLES = 200_000
 OPENING = 8
 """Tokens of a text that the control group continues: enough to say what it is about, too few to classify by."""
-EXECUTION_ONLY = {"python", "concurrency", "timeout", "retries", "key"}
-"""Settings of engines and classifiers that no sample depends on."""
+EXECUTION_ONLY = {"python", "tensor_parallel", "arguments", "concurrency", "timeout", "retries", "key"}
+"""Settings of engines and classifiers that steer the work: what comes out is the same, up to a device's rounding."""
 
 
 def detect(config: MixtureConfig) -> DetectionReport:
@@ -100,7 +114,8 @@ def _inputs(run: RunFolder, config: MixtureConfig) -> Inputs:
     settings = config.detection
     remedy = "run `vtmix pool` first: the classifier is fitted on, or measured by, the domains' own text"
     pools = {name: PoolManifest.read(run.pool(name) / "pool.json", remedy).fingerprint() for name in config.domains}
-    fixed = probe.SETTINGS if isinstance(settings.classifier, Probe) else {}
+    classifier = settings.classifier
+    fixed = probe.SETTINGS if isinstance(classifier, Probe) else {"prompt": classifier.prompt or question.PROMPT}
     return {
         "model": config.model.model_dump(mode="json"),
         "seed": config.seed,
@@ -118,7 +133,7 @@ def _inputs(run: RunFolder, config: MixtureConfig) -> Inputs:
             **generate.DECODING,
         },
         "engine": settings.engine.model_dump(mode="json", exclude=EXECUTION_ONLY),
-        "classifier": {**settings.classifier.model_dump(mode="json", exclude=EXECUTION_ONLY), **fixed},
+        "classifier": {**classifier.model_dump(mode="json", exclude=EXECUTION_ONLY), **fixed},
         "correct": settings.correct,
     }
 
@@ -202,11 +217,11 @@ def _draw(
             stop.take(block, frame)
     if missing and (stop.rounds is None or absent.intersection(parts.control)):
         classifying = _classifying(config, classifier)
-        engine = _engine(config)
+        engine_name = _engine(config)
         connect()
         generating = _generating(config, sampling)
         samples = sum(block.stop - block.start for block in missing)
-        watch = forecast.Stopwatch(engine, config.detection.generate.actors, config.detection.classify.actors)
+        watch = forecast.Stopwatch(engine_name, config.detection.generate.actors, config.detection.classify.actors)
         drawn = stages.draw(parts, _openings(config, missing), generating, classifying)
         with progress.bar("detect", samples, "samples") as advance:
             for found in drawn:
@@ -252,8 +267,11 @@ def _cpus(config: MixtureConfig) -> float:
 
 def _engine(config: MixtureConfig) -> str:
     """What generates, after a look whether it is there."""
-    engine = config.detection.engine
-    return require_vllm(config.resolve(engine.python)) if isinstance(engine, Vllm) else engine.kind
+    settings = config.detection.engine
+    if not isinstance(settings, Vllm):
+        return settings.kind
+    engine.require_free(settings)
+    return require_vllm(config.resolve(settings.python))
 
 
 def _generating(config: MixtureConfig, sampling: generate.Sampling) -> Stage:
@@ -270,27 +288,26 @@ def _generating(config: MixtureConfig, sampling: generate.Sampling) -> Stage:
 def _classifying(config: MixtureConfig, fitted: MeasuredClassifier | None) -> Stage:
     """The classifying stage, after a look whether what it needs is there."""
     settings, resources = config.detection.classifier, config.detection.classify
-    domains, characters = tuple(config.domains), config.detection.max_tokens * classify.CHARACTERS_PER_TOKEN
-    if isinstance(settings, Endpoint):
-        make: Callable[[], Any] = functools.partial(EndpointJudge, settings, domains, characters)
-        return Stage(make, resources, resources.gpus)
     if isinstance(fitted, probe.FittedProbe):
-        return Stage(functools.partial(probe.LinearProbe, fitted), resources, resources.gpus)
+        return Stage(functools.partial(probe.LinearProbe, fitted), resources, resources.gpus, torch=False)
     if isinstance(settings, Probe):
         raise TypeError("a probe is fitted before it classifies")
-    python = config.resolve(settings.python)
+    domains, characters = tuple(config.domains), config.detection.max_tokens * classify.CHARACTERS_PER_TOKEN
+    asked = question.inquiry(settings, domains, characters)  # mistakes in it are found here, not in an actor
+    if isinstance(settings, Endpoint):
+        return Stage(
+            functools.partial(EndpointJudge, settings, domains, characters), resources, resources.gpus, torch=False
+        )
+    python, model = config.resolve(settings.python), settings.model or config.model
+    location = config.model_location(model)
     require_vllm(python)
-    model = settings.model or config.model
+    engine.require_free(settings)
+    question.marker_tokens(load_tokenizer(location, model.revision), asked.markers)
     make = functools.partial(
-        VllmJudge,
-        settings,
-        config.model_location(model),
-        model.revision,
-        config.detection.precision,
-        domains,
-        characters,
+        VllmJudge, settings, location, model.revision, config.detection.precision, domains, characters
     )
-    return Stage(make, resources, resources.gpus, python)
+    gpus = resources.gpus or (settings.tensor_parallel if config.detection.device.startswith("cuda") else 0)
+    return Stage(make, resources, gpus, python)
 
 
 def _gpus(config: MixtureConfig) -> float:

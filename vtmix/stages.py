@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ class Stage:
     resources: Resources
     gpus: float
     python: Path | None = None
+    torch: bool = True
+    """Whether its worker computes with PyTorch, and so wants all the threads it can have."""
 
     @property
     def cpus(self) -> float:
@@ -49,6 +52,10 @@ class Stage:
         """GPUs reserved by all its actors."""
         return self.resources.actors * self.gpus
 
+    @property
+    def _threads(self) -> int | None:
+        return max(1, cores() // self.resources.actors) if self.torch else None
+
     def mapped(self, rows: Any, actor: type, *arguments: Any) -> Any:
         """A Ray dataset of which every row goes through an actor of this stage."""
         import ray.data
@@ -56,12 +63,22 @@ class Stage:
         environment = {"runtime_env": {"py_executable": str(self.python)}} if self.python else {}
         return rows.map(
             actor,
-            fn_constructor_args=(*arguments, self.make),
+            fn_constructor_args=(*arguments, functools.partial(_made, self.make, self._threads)),
             compute=ray.data.ActorPoolStrategy(size=self.resources.actors),
             num_cpus=self.resources.cpus,
             num_gpus=self.gpus,
             **environment,
         )
+
+
+def _made(make: Callable[[], Any], threads: int | None) -> Any:
+    """A stage's worker, in its actor."""
+    if threads is not None:
+        import torch
+
+        # Ray gives an actor as many threads as it reserves CPUs; together they should use all the cores there are.
+        torch.set_num_threads(max(torch.get_num_threads(), threads))
+    return make()
 
 
 class Drawn(NamedTuple):
@@ -84,7 +101,7 @@ def draw(
     """
     cluster.require_resources(generating.cpus + classifying.cpus, generating.all_gpus + classifying.all_gpus)
     rows = _rows([{"block": list(block), "openings": json.dumps(found)} for block, found in blocks.items()])
-    files = classifying.mapped(generating.mapped(rows, _Generate, parts, generating.resources.actors), _Classify, parts)
+    files = classifying.mapped(generating.mapped(rows, _Generate, parts), _Classify, parts)
     for row in _results(files):
         yield Drawn(Block(*row["block"]), row["part"], row["tokens"], row["generating"], row["classifying"])
 
@@ -126,18 +143,13 @@ def _results(dataset: Any) -> Iterator[dict[str, Any]]:
 class _Generate:
     """The generating stage, an actor: a block → its samples."""
 
-    def __init__(self, parts: Parts, actors: int, make: Callable[[], Sampler]) -> None:
+    def __init__(self, parts: Parts, make: Callable[[], Sampler]) -> None:
         self._parts = parts
-        self._actors = actors
         self._make = make
 
     # Not in __init__: an actor that cannot be made is reported by Ray with every frame of its own code.
     @functools.cached_property
     def _generator(self) -> Sampler:
-        import torch
-
-        # Ray gives an actor as many threads as it reserves CPUs; together they should use all the cores there are.
-        torch.set_num_threads(max(torch.get_num_threads(), cores() // self._actors))
         return self._make()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -194,5 +206,5 @@ class _Judge:
 def _explained(error: Exception) -> DetectionError:
     """What stopped the pipeline, in one line: the worker's own error, which Ray carries as text within its frames."""
     own = str(error).partition("\n\nThe above exception")[0].strip()
-    reason = own.splitlines()[-1].removeprefix("vtmix.errors.").strip() if own else type(error).__name__
+    reason = re.sub(r"^vtmix\.errors\.\w+: ", "", own.splitlines()[-1]).strip() if own else type(error).__name__
     return DetectionError(f"sampling stopped: {reason}: what is committed is kept, a rerun goes on from there")
