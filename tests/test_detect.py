@@ -533,5 +533,5 @@ def test_samples_are_neither_lost_nor_invented_between_the_stages(golden, world)
     block = parts.blocks[3]
     row = generate({"block": list(block), "openings": "[]"})
     drawn = [Sample(text, tuple(ids), reason) for text, ids, reason in json.loads(row["samples"])]
-    assert drawn == generate._generator(parts.seeds(block))
+    assert drawn == generate._work(parts.seeds(block))
     assert (golden / block.name).read_bytes() == classify(row)["part"]

@@ -129,9 +129,7 @@ class Vllm(VllmEnvironment):
 class Question(Model):
     """What a judge is asked. It answers with one of the markers, whose probabilities are read from its next token."""
 
-    prompt: Annotated[str, Field(description="holds {text} and {options}; default: vtmix/question.py")] | None = (
-        None
-    )
+    prompt: Annotated[str, Field(description="holds {text} and {options}; default: vtmix/question.py")] | None = None
     options: Annotated[
         dict[DomainName, str], Field(description="how a domain is put to the judge; default: its name")
     ] = {}

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from vtmix.settings import Resources
 
 Sampler = Callable[[Sequence[int], Openings], list[Sample]]
 """The seeds of one whole block, and what its samples are to continue → its samples, in order."""
+
+Worker = TypeVar("Worker")
 
 TEXTS_PER_ROW = 64
 
@@ -56,14 +58,14 @@ class Stage:
     def _threads(self) -> int | None:
         return max(1, cores() // self.resources.actors) if self.torch else None
 
-    def mapped(self, rows: Any, actor: type, *arguments: Any) -> Any:
+    def mapped(self, rows: Any, actor: type, parts: Parts | None = None) -> Any:
         """A Ray dataset of which every row goes through an actor of this stage."""
         import ray.data
 
         environment = {"runtime_env": {"py_executable": str(self.python)}} if self.python else {}
         return rows.map(
             actor,
-            fn_constructor_args=(*arguments, functools.partial(_made, self.make, self._threads)),
+            fn_constructor_args=(parts, functools.partial(_made, self.make, self._threads)),
             compute=ray.data.ActorPoolStrategy(size=self.resources.actors),
             num_cpus=self.resources.cpus,
             num_gpus=self.gpus,
@@ -140,22 +142,28 @@ def _results(dataset: Any) -> Iterator[dict[str, Any]]:
         raise _explained(error) from error
 
 
-class _Generate:
-    """The generating stage, an actor: a block → its samples."""
+class _Actor(Generic[Worker]):
+    """An actor of a stage, and what it works with."""
 
-    def __init__(self, parts: Parts, make: Callable[[], Sampler]) -> None:
+    def __init__(self, parts: Parts | None, make: Callable[[], Worker]) -> None:
         self._parts = parts
         self._make = make
 
     # Not in __init__: an actor that cannot be made is reported by Ray with every frame of its own code.
     @functools.cached_property
-    def _generator(self) -> Sampler:
+    def _work(self) -> Worker:
         return self._make()
 
+
+class _Generate(_Actor[Sampler]):
+    """A block → its samples."""
+
+    _parts: Parts
+
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        generator = self._generator
+        generate = self._work
         start = time.perf_counter()
-        samples = generator(self._parts.seeds(Block(*row["block"])), json.loads(row["openings"]))
+        samples = generate(self._parts.seeds(Block(*row["block"])), json.loads(row["openings"]))
         return {
             "block": row["block"],
             "samples": json.dumps([dataclasses.astuple(sample) for sample in samples]),
@@ -163,22 +171,16 @@ class _Generate:
         }
 
 
-class _Classify:
-    """The classifying stage: a block's samples → its Parquet file."""
+class _Classify(_Actor[Classifier]):
+    """A block's samples → its Parquet file."""
 
-    def __init__(self, parts: Parts, make: Callable[[], Classifier]) -> None:
-        self._parts = parts
-        self._make = make
-
-    @functools.cached_property
-    def _classifier(self) -> Classifier:
-        return self._make()
+    _parts: Parts
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        classifier = self._classifier
+        classify = self._work
         start = time.perf_counter()
         samples = [Sample(text, tuple(ids), reason) for text, ids, reason in json.loads(row["samples"])]
-        judged = classifier([sample.text for sample in samples])
+        judged = classify([sample.text for sample in samples])
         return {
             "block": row["block"],
             "part": self._parts.encode(Block(*row["block"]), samples, judged),
@@ -188,18 +190,11 @@ class _Classify:
         }
 
 
-class _Judge:
-    """A classifier on labelled texts."""
-
-    def __init__(self, make: Callable[[], Classifier]) -> None:
-        self._make = make
-
-    @functools.cached_property
-    def _classifier(self) -> Classifier:
-        return self._make()
+class _Judge(_Actor[Classifier]):
+    """Labelled texts → their probabilities."""
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        judged = self._classifier(list(row["texts"]))
+        judged = self._work(list(row["texts"]))
         return {"domain": row["domain"], "start": row["start"], "judged": json.dumps(judged.tolist())}
 
 
