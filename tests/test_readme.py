@@ -95,6 +95,18 @@ def test_the_loop_in_the_readme_is_the_loop_of_the_code(project):
     assert loop.losses_of(settings, settings.epochs) is not None
 
 
+def test_the_settings_in_the_readme_are_settings(tmp_path):
+    import yaml
+
+    from vtmix import config
+
+    blocks = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        raw = {"model": "m", "domains": {"law": {"train": "law.jsonl"}}, **yaml.safe_load(block)}
+        config.validate(raw, tmp_path / "mixture.yaml")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_make_demo_runs_the_whole_loop():
