@@ -5,7 +5,7 @@
 All three put the same samples into the same shards: vtmix from its pools, MDSWriter from the same samples already
 tokenised and in memory, cp from the finished mixture. Every peer starts with its input in the page cache, and ends when
 its output is flushed to disk, which vtmix always does before it publishes; `unflushed` leaves that out for all three.
-The corpus is a folder of <domain>/train.jsonl (--data), or the quickstart's; the tokenizer is the quickstart's.
+The corpus is benchmarks/shared.py's, the tokenizer is the quickstart's.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import vtmix
+from shared import QUICKSTART, corpus, end, run
+
 from vtmix import compile as compiler
 from vtmix import config, mds
 from vtmix.artifacts import Weights, run_folder
@@ -30,15 +31,10 @@ from vtmix.errors import VtmixError
 from vtmix.pooling import build
 from vtmix.settings import MixtureConfig
 
-ROOT = Path(vtmix.__file__).resolve().parent.parent
-CORPUS = ROOT.parent / "shared" / "data"
-QUICKSTART = ROOT / "examples" / "quickstart"
-
 
 def sources() -> dict[str, Path]:
-    """The training file of every domain: of the shared corpus where there is one, else of the quickstart."""
-    found = {path.parent.name: path for path in sorted(CORPUS.glob("*/train.jsonl"))}
-    found = found or {path.stem: path for path in sorted((QUICKSTART / "data").glob("*.jsonl"))}
+    """The training file of every domain."""
+    found = corpus()
     if not found or not (QUICKSTART / "model").is_dir():
         raise VtmixError(f"no corpus or tokenizer found: run `python {QUICKSTART / 'fetch.py'}` first")
     return found
@@ -178,13 +174,8 @@ def main() -> int:
         print(f"\n{title}: {options.samples:,} samples, {options.workers} workers")
         for name, value in row.items():
             print(f"  {name:24} {value:12,.2f}")
-    if options.json:
-        print(json.dumps({**flushed, "unflushed": unflushed}))
-    return 0
+    return end({**flushed, "unflushed": unflushed}, as_json=options.json)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except VtmixError as error:
-        sys.exit(f"error: {error}")
+    run(main)

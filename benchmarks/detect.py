@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import vtmix
+from shared import QUICKSTART, ROOT, end, run
+
 from vtmix import classify, config, forecast, generate, pool
 from vtmix.artifacts import run_folder
 from vtmix.detect import detect
@@ -30,8 +31,6 @@ from vtmix.pooling import build
 from vtmix.samples import sample_seed
 from vtmix.settings import Judge, MixtureConfig, Vllm
 
-ROOT = Path(vtmix.__file__).resolve().parent.parent
-QUICKSTART = ROOT / "examples" / "quickstart"
 PYTHONS = {"transformers": Path(sys.executable), "vllm": ROOT / ".venv-vllm" / "bin" / "python"}
 DOMAINS = ("law", "medicine", "finance", "science", "code", "other")
 
@@ -164,13 +163,8 @@ def main() -> int:
                 }
     for name, value in figures.items():
         print(f"  {name:32} {'not run' if value is None else f'{value:12,.3f}'}")
-    if options.json:
-        print(json.dumps(figures))
-    return 0
+    return end(figures, as_json=options.json)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except VtmixError as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -13,7 +13,6 @@ The corpus is a folder of <domain>/train.jsonl with prompts and responses, or th
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from shared import CORPUS, corpus, end, run
 
-import vtmix
 from vtmix import config, progress
 from vtmix.artifacts import DetectionReport
 from vtmix.detect import detect
@@ -33,9 +32,6 @@ from vtmix.pooling import build
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-ROOT = Path(vtmix.__file__).resolve().parent.parent
-CORPUS = ROOT.parent / "shared" / "data"
-QUICKSTART = ROOT / "examples" / "quickstart" / "data"
 START, END = "<|endoftext|>", "<|end|>"
 VOCABULARY = 4096
 TRUTHS = (
@@ -45,16 +41,15 @@ TRUTHS = (
 )
 
 
-def corpus(data: Path | None) -> dict[str, Path]:
-    """The training file of every domain."""
-    folder = data or (CORPUS if CORPUS.is_dir() else QUICKSTART)
-    found = {domain: folder / domain / "train.jsonl" for domain in TRUTHS[0]}
-    if not all(path.is_file() for path in found.values()):
-        found = {domain: folder / f"{domain}.jsonl" for domain in TRUTHS[0]}
-    missing = [str(path) for path in found.values() if not path.is_file()]
+def sources(data: Path) -> dict[str, Path]:
+    """The training file of every domain of the mixtures."""
+    found = corpus(data)
+    missing = [domain for domain in TRUTHS[0] if domain not in found]
     if missing:
-        raise VtmixError(f"no corpus: {', '.join(missing)} not found: run examples/quickstart/fetch.py, or give --data")
-    return found
+        raise VtmixError(
+            f"no corpus of {', '.join(missing)} found in {data}: run examples/quickstart/fetch.py, or give --data"
+        )
+    return {domain: found[domain] for domain in TRUTHS[0]}
 
 
 def documents(path: Path) -> list[str]:
@@ -152,14 +147,14 @@ def train(
     return model
 
 
-def detected(folder: Path, model: Path, sources: dict[str, Path], options: Any) -> DetectionReport:
+def detected(folder: Path, model: Path, files: dict[str, Path], options: Any) -> DetectionReport:
     """The detection of a model, with a classifier fitted on the corpus."""
     settings = config.validate(
         {
             "model": str(model),
             "run": folder.name,
             "seed": options.seed,
-            "domains": {domain: {"train": str(path)} for domain, path in sources.items()},
+            "domains": {domain: {"train": str(path)} for domain, path in files.items()},
             "pool": {"folder": "pool", "leak": "drop"},
             "encoding": {"template": "plain"},
             "detection": {
@@ -206,7 +201,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the figures as one object on the last line")
     parser.add_argument("--quick", action="store_true", help="one mixture, a few steps: does it run?")
-    parser.add_argument("--data", type=Path, help="folder of <domain>/train.jsonl")
+    parser.add_argument("--data", type=Path, default=CORPUS, help="folder of <domain>/train.jsonl")
     parser.add_argument("--folder", type=Path, help="where models and detections are kept (default: nowhere)")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--samples", type=int, default=4096, help="per mixture")
@@ -223,8 +218,8 @@ def main() -> int:
     figures: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        sources = corpus(options.data)
-        texts = {domain: documents(path) for domain, path in sources.items()}
+        files = sources(options.data)
+        texts = {domain: documents(path) for domain, path in files.items()}
         tokenizer = make_tokenizer(texts)
         for number, truth in enumerate(truths, start=1):
             print(f"mixture {number} of {len(truths)}")
@@ -234,17 +229,12 @@ def main() -> int:
                 tokenizer.save_pretrained(model)
                 train(texts, truth, tokenizer, options).save_pretrained(model)
             trained = time.perf_counter()
-            found = measured(truth, detected(folder / f"run-{number}", model, sources, options))
+            found = measured(truth, detected(folder / f"run-{number}", model, files, options))
             seconds = {"train_s": trained - start, "detect_s": time.perf_counter() - trained}
             figures.append(found | seconds)
             print("  " + ", ".join(f"{name} {value:.4g}" for name, value in figures[-1].items()))
-    if options.json:
-        print(json.dumps({name: [found[name] for found in figures] for name in figures[0]}))
-    return 0
+    return end({name: [found[name] for found in figures] for name in figures[0]}, as_json=options.json)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except VtmixError as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -31,19 +31,24 @@ from vtmix import (
 )
 from vtmix.artifacts import DetectionReport, Inputs, PoolManifest, RunFolder, run_folder
 from vtmix.classify import Judged, MeasuredClassifier
+from vtmix.config import EXECUTION_ONLY
 from vtmix.encode import load_tokenizer, tokenizer_digest
 from vtmix.environments import require_vllm
 from vtmix.errors import DetectionError
 from vtmix.estimate import EarlyStop
 from vtmix.judge import EndpointJudge, VllmJudge
 from vtmix.samples import CONTROL, Block, Parts, blocks_of, control_blocks, probability_columns
-from vtmix.settings import Endpoint, MixtureConfig, Probe, Vllm
+from vtmix.settings import Endpoint, MixtureConfig, Probe, PublishedName, Vllm
 from vtmix.stages import Stage
 
 PAPER_SAMPLES = 200_000
 OPENING = 8
 """Tokens of a text that the control group continues: enough to say what it is about, too few to classify by."""
-EXECUTION_ONLY = {"python", "tensor_parallel", "arguments", "concurrency", "timeout", "retries", "key"}
+STEERING = {
+    name.rpartition(".")[2]
+    for name in EXECUTION_ONLY
+    if name.startswith(("detection.engine.", "detection.classifier."))
+}
 """Settings of engines and classifiers that steer the work: what comes out is the same, up to a device's rounding."""
 
 
@@ -58,7 +63,7 @@ def detect(config: MixtureConfig) -> DetectionReport:
     run = run_folder(config)
     cluster.require_durable(run)
     if config.detection.published is not None:
-        return _take_published(run, config)
+        return _take_published(run, config, config.detection.published)
     found = _committed(run, config)
     if found is not None:
         _refuse_unclassified(found.unclassified, found.samples, config)
@@ -80,11 +85,8 @@ def detect(config: MixtureConfig) -> DetectionReport:
     return report
 
 
-def _take_published(run: RunFolder, config: MixtureConfig) -> DetectionReport:
+def _take_published(run: RunFolder, config: MixtureConfig, name: PublishedName) -> DetectionReport:
     """A published distribution, committed like a detection and labelled as what it is."""
-    name = config.detection.published
-    if name is None:
-        raise ValueError("detection.published is not set")
     inputs: Inputs = {"published": name, "domains": list(config.domains)}
     found = DetectionReport.committed(run.detection, inputs)
     if found is not None:
@@ -132,8 +134,8 @@ def _inputs(run: RunFolder, config: MixtureConfig) -> Inputs:
             "opening": OPENING,
             **generate.DECODING,
         },
-        "engine": settings.engine.model_dump(mode="json", exclude=EXECUTION_ONLY),
-        "classifier": {**classifier.model_dump(mode="json", exclude=EXECUTION_ONLY), **fixed},
+        "engine": settings.engine.model_dump(mode="json", exclude=STEERING),
+        "classifier": {**classifier.model_dump(mode="json", exclude=STEERING), **fixed},
         "correct": settings.correct,
     }
 
@@ -158,7 +160,7 @@ def _classifier(
             texts, max_tokens=config.detection.max_tokens, folds=settings.folds, inputs=made_from
         )
     else:
-        judged = _judged(texts, config, connect)
+        judged = _judged(texts, settings.heldout, config, connect)
         made = MeasuredClassifier(
             inputs=made_from, domains=tuple(judged), report=classify.measure(settings.kind, judged)
         )
@@ -167,14 +169,9 @@ def _classifier(
     return made
 
 
-def _judged(texts: dict[str, list[str]], config: MixtureConfig, connect: Callable[[], None]) -> Judged:
-    """A judge's probabilities for the first labelled texts of every domain."""
-    settings = config.detection.classifier
-    if isinstance(settings, Probe):
-        raise TypeError("a probe is measured where it is fitted")
-    labelled = {
-        domain: found[: settings.heldout] for domain, found in classify.cut(texts, config.detection.max_tokens).items()
-    }
+def _judged(texts: dict[str, list[str]], heldout: int, config: MixtureConfig, connect: Callable[[], None]) -> Judged:
+    """A judge's probabilities for the first `heldout` labelled texts of every domain."""
+    labelled = {domain: found[:heldout] for domain, found in classify.cut(texts, config.detection.max_tokens).items()}
     judged = {domain: np.zeros((len(found), len(labelled) + 1)) for domain, found in labelled.items()}
     classifying = _classifying(config, None)
     connect()
@@ -211,8 +208,9 @@ def _draw(
     missing = parts.missing()
     stop = EarlyStop(parts.rounds, parts.domains, config.detection.stop_at_margin)
     absent = set(missing)
-    present = [block for block in parts.blocks if block not in absent]
-    if config.detection.stop_at_margin is not None:
+    may_stop = config.detection.stop_at_margin is not None
+    if may_stop:
+        present = [block for block in parts.blocks if block not in absent]
         for block, frame in zip(present, parts.read(present), strict=True):
             stop.take(block, frame)
     if missing and (stop.rounds is None or absent.intersection(parts.control)):
@@ -229,7 +227,7 @@ def _draw(
                 watch.take(found.block.stop - found.block.start, found.tokens, found.generating, found.classifying)
                 advance(found.block.stop - found.block.start)
                 absent.remove(found.block)
-                if found.block not in parts.control:
+                if may_stop and found.block.iteration != CONTROL:
                     stop.take(found.block, parts.decode(found.part))
                 if stop.rounds is not None and absent.isdisjoint(parts.control):
                     break
@@ -261,8 +259,7 @@ def _openings(config: MixtureConfig, blocks: Sequence[Block]) -> dict[Block, gen
 
 def _cpus(config: MixtureConfig) -> float:
     """CPUs that both stages reserve."""
-    generating, classifying = config.detection.generate, config.detection.classify
-    return generating.actors * generating.cpus + classifying.actors * classifying.cpus
+    return config.detection.generate.all_cpus + config.detection.classify.all_cpus
 
 
 def _engine(config: MixtureConfig) -> str:

@@ -21,6 +21,7 @@ KV_CACHE = 2 << 30
 tokens of a model of 135 million parameters, which takes more turns with less."""
 
 LONGEST_REASON = 300
+"""Characters of an error of somebody else's that ours repeat."""
 
 # What other settings say, what would bend the distribution, and what would run code that a model folder holds.
 RESERVED = frozenset(

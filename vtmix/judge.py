@@ -37,8 +37,6 @@ ABOUT_THE_PROMPT = frozenset({400, 413, 422})
 RETRIED = frozenset({408, 409, 429})
 """Status codes, beside 500 and above, after which the client asks again."""
 
-LONGEST_REASON = 300
-
 
 class VllmJudge:
     """A judge in vLLM, in this process: its interpreter is the one of vLLM's environment."""
@@ -192,9 +190,10 @@ class EndpointJudge:
             reason = f"{error} {error.__cause__ or ''}"
         else:
             return content
+        reason = self._without_key(reason)[: engine.LONGEST_REASON]
         # Out of the clauses above: the errors caught there hold the request, and with it the key.
         raise DetectionError(
-            f"the judge at {_shown(settings.url)} {problem}: {self._without_key(reason)[:LONGEST_REASON]}: see to url, "
+            f"the judge at {_shown(settings.url)} {problem}: {reason}: see to url, "
             f"model, api and key (the variable {settings.key}) of detection.classifier, and run again"
         )
 

@@ -171,6 +171,11 @@ class Resources(Model):
     cpus: Annotated[float, Field(gt=0, description="per actor; fractional, so that 2 cores never deadlock")] = 0.5
     gpus: Annotated[float, Field(ge=0, description="per actor")] = 0
 
+    @property
+    def all_cpus(self) -> float:
+        """CPUs reserved by all actors of the stage."""
+        return self.actors * self.cpus
+
 
 PublishedName = Literal[
     "llama-2-7b", "llama-2-13b", "llama-3-8b", "qwen-1.5-7b", "qwen-2-7b", "qwen-2.5-7b", "qwen-2.5-14b"

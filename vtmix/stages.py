@@ -45,11 +45,6 @@ class Stage:
     """Whether its worker computes with PyTorch, and so wants all the threads it can have."""
 
     @property
-    def cpus(self) -> float:
-        """CPUs reserved by all its actors."""
-        return self.resources.actors * self.resources.cpus
-
-    @property
     def all_gpus(self) -> float:
         """GPUs reserved by all its actors."""
         return self.resources.actors * self.gpus
@@ -101,7 +96,9 @@ def draw(
     Needs a connected cluster. Raises ConfigError when the stages reserve more than it has, DetectionError when a
     worker gives up.
     """
-    cluster.require_resources(generating.cpus + classifying.cpus, generating.all_gpus + classifying.all_gpus)
+    cluster.require_resources(
+        generating.resources.all_cpus + classifying.resources.all_cpus, generating.all_gpus + classifying.all_gpus
+    )
     rows = _rows([{"block": list(block), "openings": json.dumps(found)} for block, found in blocks.items()])
     files = classifying.mapped(generating.mapped(rows, _Generate, parts), _Classify, parts)
     for row in _results(files):
@@ -110,7 +107,7 @@ def draw(
 
 def judge(texts: Mapping[str, Sequence[str]], classifying: Stage) -> Iterator[tuple[str, int, Matrix]]:
     """Classifies labelled texts; yields (domain, place of the first text, probabilities), in any order."""
-    cluster.require_resources(classifying.cpus, classifying.all_gpus)
+    cluster.require_resources(classifying.resources.all_cpus, classifying.all_gpus)
     rows = _rows(
         [
             {"domain": domain, "start": start, "texts": list(found[start : start + TEXTS_PER_ROW])}
