@@ -8,6 +8,11 @@ total variation distances between the mixture and the detection, as classified a
 intervals of every domain's share, and how many of these intervals hold the truth. What a model that was trained for
 minutes writes is only like its training text, so part of the distance is the model's, and part the sampling's.
 
+A document is drawn from the mixture as a whole, so a sample of a model that has learned how documents begin is a sample
+of the domains' openings in the mixture's proportions, continued by the model. That is why the control group's openings
+are short here: such a model knows the first few tokens of a document far better than what follows them.
+
+Samples are drawn with vLLM where `make vllm-env` has been run, else with transformers, which takes longer.
 The corpus is a folder of <domain>/train.jsonl with prompts and responses, or the quickstart's.
 """
 
@@ -20,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from shared import CORPUS, corpus, end, run
+from shared import CORPUS, ROOT, corpus, end, run
 
 from vtmix import config, progress
 from vtmix.artifacts import DetectionReport
@@ -34,6 +39,7 @@ if TYPE_CHECKING:
 
 START, END = "<|endoftext|>", "<|end|>"
 VOCABULARY = 4096
+VLLM = ROOT / ".venv-vllm" / "bin" / "python"
 TRUTHS = (
     {"law": 0.08, "medicine": 0.30, "finance": 0.12, "science": 0.15, "code": 0.25, "other": 0.10},
     {"law": 0.35, "medicine": 0.05, "finance": 0.20, "science": 0.10, "code": 0.10, "other": 0.20},
@@ -149,6 +155,7 @@ def train(
 
 def detected(folder: Path, model: Path, files: dict[str, Path], options: Any) -> DetectionReport:
     """The detection of a model, with a classifier fitted on the corpus."""
+    engine = {"kind": "vllm", "python": str(VLLM)} if VLLM.exists() else {"kind": "transformers"}
     settings = config.validate(
         {
             "model": str(model),
@@ -162,7 +169,9 @@ def detected(folder: Path, model: Path, files: dict[str, Path], options: Any) ->
                 "samples": -(-options.samples // 4),
                 "max_tokens": options.tokens,
                 "precision": "fp32",
+                "engine": engine,
                 "control": options.control,
+                "opening": options.opening,
                 "correct": True,
             },
         },
@@ -204,8 +213,9 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=CORPUS, help="folder of <domain>/train.jsonl")
     parser.add_argument("--folder", type=Path, help="where models and detections are kept (default: nowhere)")
     parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--samples", type=int, default=4096, help="per mixture")
-    parser.add_argument("--control", type=int, default=512, help="samples per domain that measure the classifier")
+    parser.add_argument("--samples", type=int, default=12_288, help="per mixture")
+    parser.add_argument("--control", type=int, default=1536, help="samples per domain that measure the classifier")
+    parser.add_argument("--opening", type=int, default=3, help="tokens of a text that each of those continues")
     parser.add_argument("--tokens", type=int, default=128, help="of a training row and of a sample")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)

@@ -152,3 +152,9 @@ def test_the_schema_accepts_shorthand_sources(pytestconfig):
         option.get("type") or option["$ref"] for option in schema["$defs"]["Domain"]["properties"]["train"]["anyOf"]
     }
     assert kinds == {"string", "array", "#/$defs/Source"}
+
+
+def test_openings_that_leave_nothing_to_continue_are_refused(tmp_path):
+    detection = {"control": 4, "opening": 8, "max_tokens": 8}
+    assert "openings of 8 tokens leave nothing" in refusal(tmp_path, {**MINIMAL, "detection": detection})
+    load(tmp_path, {**MINIMAL, "detection": {**detection, "control": 0}})

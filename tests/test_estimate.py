@@ -183,3 +183,9 @@ def test_renaming_domains_renames_their_shares(rows):
     shares, other = (estimate.shares(found, ["a", "b"]) for found in (frame(rows), swapped))
     for left, right in (("a", "b"), ("b", "a")):
         assert shares[left].model_dump() == pytest.approx(other[right].model_dump(), abs=1e-12)
+
+
+def test_a_resample_that_holds_nothing_classified_does_not_stop_the_correction():
+    rows = [[(1.0, 0.0, 0.0)] + [(0.0, 0.0, 1.0)] * 2]
+    judged = {"a": np.array([[0.9, 0.1, 0.0]]), "b": np.array([[0.1, 0.9, 0.0]])}
+    assert estimate.corrected(frame(rows), judged)["a"].mean == pytest.approx(1)

@@ -6,6 +6,7 @@ only and ends with the same bytes. The estimate is computed from the parts.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -42,8 +43,8 @@ from vtmix.settings import Endpoint, MixtureConfig, Probe, PublishedName, Vllm
 from vtmix.stages import Stage
 
 PAPER_SAMPLES = 200_000
-OPENING = 8
-"""Tokens of a text that the control group continues: enough to say what it is about, too few to classify by."""
+LONGEST_TOKEN = 64
+"""Characters: as much of a text as is read for each token of an opening."""
 STEERING = {
     name.rpartition(".")[2]
     for name in EXECUTION_ONLY
@@ -128,10 +129,9 @@ def _inputs(run: RunFolder, config: MixtureConfig) -> Inputs:
                 mode="json",
                 include={
                     *("iterations", "samples", "stop_at_margin", "max_tokens", "block"),
-                    *("start_token", "precision", "control"),
+                    *("start_token", "precision", "control", "opening"),
                 },
             ),
-            "opening": OPENING,
             **generate.DECODING,
         },
         "engine": settings.engine.model_dump(mode="json", exclude=STEERING),
@@ -242,18 +242,18 @@ def _openings(config: MixtureConfig, blocks: Sequence[Block]) -> dict[Block, gen
     if not any(block.iteration == CONTROL for block in blocks):
         return dict.fromkeys(blocks, ())
     tokenizer = load_tokenizer(config.model_location(config.model), config.model.revision)
-    count = config.detection.control
+    count, length = config.detection.control, config.detection.opening
     openings: list[list[int]] = []
     for domain in config.domains:
-        texts = pool.texts(run_folder(config).pool(domain))
-        ids = tokenizer([text[: 64 * OPENING] for text in texts], add_special_tokens=False).input_ids
-        long_enough = [found[:OPENING] for found in ids if len(found) >= OPENING]
-        if not long_enough:
+        texts = (text[: LONGEST_TOKEN * length] for text in pool.texts(run_folder(config).pool(domain)))
+        ids = (tokenizer(text, add_special_tokens=False).input_ids for text in texts)
+        found = list(itertools.islice((of_text[:length] for of_text in ids if len(of_text) >= length), count))
+        if not found:
             raise DetectionError(
-                f"domain '{domain}' has no text of {OPENING} tokens that the control group could continue: add samples "
-                "to it, raise pool.texts and rebuild its pool, or set detection.control to 0"
+                f"domain '{domain}' has no text of {length} tokens that the control group could continue: add samples "
+                "to it, raise pool.texts and rebuild its pool, lower detection.opening, or set detection.control to 0"
             )
-        openings += [long_enough[number % len(long_enough)] for number in range(count)]
+        openings += itertools.islice(itertools.cycle(found), count)
     return {block: openings[block.start : block.stop] if block.iteration == CONTROL else () for block in blocks}
 
 

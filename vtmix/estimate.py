@@ -43,8 +43,11 @@ def corrected(samples: pl.DataFrame, judged: Mapping[str, Matrix], seed: int = 0
     rng = np.random.Generator(np.random.Philox(key=seed + 1))
     confusions = np.stack([_bootstrap(rows, rng) for rows in judged.values()], axis=1)
     means = _resampled(samples, list(judged), seed)
-    resampled = np.array([_solve(*pair) for pair in zip(means, confusions, strict=True)])
-    return _estimated(samples, list(judged), resampled, lambda mean: _solve(mean, confusion))
+    classified = means[:, :-1].any(axis=1)  # where samples are few, one drawn again may hold none that says anything
+    pairs = zip(means[classified], confusions[classified], strict=True)
+    return _estimated(
+        samples, list(judged), np.array([_solve(*pair) for pair in pairs]), lambda mean: _solve(mean, confusion)
+    )
 
 
 def unclassified(samples: pl.DataFrame) -> float:

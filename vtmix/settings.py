@@ -212,12 +212,29 @@ class Detection(Model):
             "the model's own writing; 0: on the domains' texts alone",
         ),
     ] = 0
+    opening: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="tokens of each opening: more keep a model closer to the subject than it would keep itself, "
+            "fewer say less about what it is",
+        ),
+    ] = 8
     correct: Annotated[
         bool, Field(description="take the shares corrected by the classifier's confusion matrix for the distribution")
     ] = False
     max_unclassified: Annotated[Share, Field(description="a larger share refuses the detection")] = 0.2
     generate: Resources = Resources(cpus=1)
     classify: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _openings_leave_room(self) -> Self:
+        if self.control and self.opening >= self.max_tokens:
+            raise ValueError(
+                f"openings of {self.opening} tokens leave nothing of max_tokens {self.max_tokens} to continue: lower "
+                "opening, raise max_tokens, or set control to 0"
+            )
+        return self
 
 
 class Reference(Model):
