@@ -92,8 +92,8 @@ def test_shards_and_index_equal_those_of_mosaicmls_writer(tmp_path, shard_bytes)
 
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=60), st.integers(1 << 10, (1 << 32) - 1))
 def test_a_shards_offsets_lead_to_its_samples(sizes, limit):
-    head = mds.header(np.array(sizes, np.int64), limit)
-    assert len(head) == mds.header_bytes(len(sizes), limit)
+    head = mds.Layout(limit).header(np.array(sizes, np.int64))
+    assert len(head) == mds.Layout(limit).header_bytes(len(sizes))
     offsets = np.frombuffer(head, np.uint32, len(sizes) + 1, offset=4)
     assert int.from_bytes(head[:4], "little") == len(sizes)
     assert offsets[0] == len(head)
@@ -101,10 +101,10 @@ def test_a_shards_offsets_lead_to_its_samples(sizes, limit):
 
 
 def test_a_shard_of_4_gib_is_refused():
-    below = np.array([(1 << 32) - 1 - mds.header_bytes(1, 1 << 26)], np.int64)
-    assert np.frombuffer(mds.header(below, 1 << 26), np.uint32, 2, offset=4)[1] == (1 << 32) - 1
+    below = np.array([(1 << 32) - 1 - mds.Layout(1 << 26).header_bytes(1)], np.int64)
+    assert np.frombuffer(mds.Layout(1 << 26).header(below), np.uint32, 2, offset=4)[1] == (1 << 32) - 1
     with pytest.raises(MixtureError, match=r"4,294,967,296 bytes exceeds the 4 GiB .* lower mixture\.shard_bytes"):
-        mds.header(below + 1, 1 << 26)
+        mds.Layout(1 << 26).header(below + 1)
 
 
 @given(st.lists(st.integers(0, 10**6), unique=True))
@@ -120,10 +120,10 @@ def folder(tmp_path):
     sizes = []
     for number in range(3):
         chunk = content[4 * number : 4 * number + 4]
-        data = mds.header(np.array([len(sample) for sample in chunk], np.int64), 1 << 26) + b"".join(chunk)
+        data = mds.Layout(1 << 26).header(np.array([len(sample) for sample in chunk], np.int64)) + b"".join(chunk)
         (tmp_path / mds.shard_name(number)).write_bytes(data)
-        sizes.append((4, len(data)))
-    (tmp_path / mds.INDEX).write_bytes(mds.index(sizes, 1 << 26))
+        sizes.append(mds.ShardSize(4, len(data)))
+    (tmp_path / mds.INDEX).write_bytes(mds.Layout(1 << 26).index(sizes))
     return tmp_path
 
 

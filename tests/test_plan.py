@@ -211,7 +211,7 @@ def test_shards_tile_the_epoch_in_equal_parts(samples, power):
     sizes = {stop - start for start, stop in bounds}
     assert max(sizes) - min(sizes) <= 1
     assert min(sizes) >= 1
-    assert max(sizes) * 1004 + mds.header_bytes(0, 1 << power) <= 1 << power
+    assert max(sizes) * 1004 + mds.Layout(1 << power).header_bytes(0) <= 1 << power
 
 
 def test_a_plan_of_ten_billion_samples_over_a_thousand_domains_takes_under_a_second():

@@ -22,7 +22,7 @@ LAYERS = [
     {"config", "commit", "progress", "distribute", "environments", "engine", "published", "forecast"},
     {"artifacts"},
     {"mds", "records", "sources", "samples", "cluster"},
-    {"encode", "weights", "plan", "pool", "batches", "checkpoints", "estimate", "classify", "question"},
+    {"encode", "weights", "plan", "pool", "staging", "batches", "checkpoints", "estimate", "classify", "question"},
     {"parts", "reduce", "pooling", "shards", "generate", "probe", "judge", "stages"},
     {"compile"},
     {"verify", "detect", "reference"},

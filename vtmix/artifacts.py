@@ -309,11 +309,12 @@ class Plan(Artefact):
 
 
 class MixtureFile(Model):
-    """One file of a mixture."""
+    """One file of a mixture, as it is stored."""
 
     name: str
     bytes: Count
     sha256: str
+    raw_bytes: Annotated[Count | None, Field(description="of a compressed shard, before compression")] = None
 
 
 class DomainCount(Model):

@@ -149,10 +149,19 @@ def publish_folder(staging: Path, final: Path) -> None:
     flush_folder(final.parent)
 
 
+def flush_file(path: Path) -> None:
+    """Flushes a file's bytes to disk."""
+    _flush(path, os.O_RDONLY)
+
+
 def flush_folder(folder: Path) -> None:
     """Flushes a folder's entries to disk."""
-    with _errors_named(f"{folder}: cannot be flushed to disk"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _flush(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _flush(path: Path, flags: int) -> None:
+    with _errors_named(f"{path}: cannot be flushed to disk"):
+        descriptor = os.open(path, flags)
         try:
             os.fsync(descriptor)
         finally:

@@ -25,9 +25,9 @@ from vtmix.errors import ConflictError, MixtureError, VtmixError
 from vtmix.plan import make_plan
 from vtmix.pool import Pool, open_pool
 from vtmix.settings import MixtureConfig
-from vtmix.shards import ShardReport, ShardWriter
+from vtmix.shards import ShardReport, ShardWriter, settle
+from vtmix.staging import MANIFEST, FolderStaging, Staging
 
-MANIFEST = "manifest.json"
 FORMAT = "mds-2"
 
 
@@ -75,9 +75,30 @@ def _require_epoch(path: Path, found: int, expected: int) -> None:
         raise MixtureError(f"{path}: says it is for epoch {found}, expected {expected}: correct it")
 
 
-def mixture_inputs(plan: Plan, shard_bytes: int) -> Inputs:
+def mixture_inputs(plan: Plan, layout: mds.Layout) -> Inputs:
     """What a mixture is made from: its plan in full, so that a difference can be named."""
-    return {"format": FORMAT, "shard_bytes": shard_bytes, "plan": plan.model_dump(mode="json", exclude={"inputs"})}
+    return {
+        "format": FORMAT,
+        "shard_bytes": layout.size_limit,
+        "compression": layout.compression,
+        "plan": plan.model_dump(mode="json", exclude={"inputs"}),
+    }
+
+
+def made_from(manifest: Manifest) -> tuple[Plan, mds.Layout]:
+    """The plan and the layout a mixture was made from, which its manifest holds in full.
+
+    Raises ValueError, TypeError or KeyError when its inputs are not those of a mixture.
+    """
+    inputs = manifest.inputs or {}
+    return Plan.model_validate(inputs["plan"]), mds.Layout(
+        int(inputs["shard_bytes"]), compression=inputs["compression"]
+    )
+
+
+def layout_of(config: MixtureConfig) -> mds.Layout:
+    """The layout of a configuration's mixtures."""
+    return mds.Layout(config.mixture.shard_bytes, compression=config.mixture.compression)
 
 
 def compile_epoch(config: MixtureConfig, epoch: int, workers: int | None = None) -> tuple[Manifest, bool]:
@@ -90,14 +111,15 @@ def compile_epoch(config: MixtureConfig, epoch: int, workers: int | None = None)
     plan = planned(config, epoch, pools)
     run = run_folder(config)
     final = run.mixture(epoch)
-    inputs = mixture_inputs(plan, config.mixture.shard_bytes)
+    layout = layout_of(config)
+    inputs = mixture_inputs(plan, layout)
     if run.plan(epoch).exists() and (committed := _committed(final, inputs)):
         return committed, False
     with commit.lock(run.path, "compile"):
         commit_plan(config, plan)
         if committed := _committed(final, inputs):
             return committed, False
-        return _compile(plan, pools, inputs, final, workers), True
+        return _compile(ShardWriter(plan, pools, layout), inputs, final, workers), True
 
 
 def _committed(final: Path, inputs: Inputs) -> Manifest | None:
@@ -107,44 +129,37 @@ def _committed(final: Path, inputs: Inputs) -> Manifest | None:
     return found
 
 
-def _compile(plan: Plan, pools: Mapping[str, Pool], inputs: Inputs, final: Path, workers: int | None) -> Manifest:
+def _compile(writer: ShardWriter, inputs: Inputs, final: Path, workers: int | None) -> Manifest:
     identity = fingerprint(inputs)
-    staging = commit.staging_folder(final, identity)
-    if not (staging / MANIFEST).exists():
-        writer = ShardWriter(plan, pools, inputs["shard_bytes"])
-        shards = _write_shards(writer, staging, workers)
-        _write_index(staging, shards, inputs["shard_bytes"])
-        manifest = _manifest(plan, inputs, identity, staging, shards)
-        commit.write_staged(staging / MANIFEST, manifest.text())
-    for record in staging.glob("*.done"):
-        record.unlink()
-    manifest = Manifest.read(staging / MANIFEST, "")
-    commit.publish_folder(staging, final)
+    staging = FolderStaging(final, identity)
+    shards = _write_shards(writer, staging, workers)
+    index = writer.layout.index([shard.size for shard in shards])
+    manifest = _manifest(writer.plan, inputs, identity, index, shards)
+    staging.publish(index, manifest.text())
     return manifest
 
 
-def _write_shards(writer: ShardWriter, staging: Path, workers: int | None) -> list[ShardReport]:
+def _write_shards(writer: ShardWriter, staging: Staging, workers: int | None) -> list[ShardReport]:
     tasks = writer.tasks()
     reports = []
     with progress.bar(f"compiling epoch {writer.plan.epoch}", len(tasks), "shards") as advance:
-        # Threads: gathering, hashing and writing all release the interpreter lock.
+        # Threads: gathering, hashing and writing all release the interpreter lock. Waiting for the disk is done here,
+        # while they write the next shards.
         for report in distribute.run(
             lambda task: writer.write(task, staging), tasks, backend="threads", workers=workers
         ):
+            settle(staging, report)
             reports.append(report)
             advance(1)
-    return sorted(reports, key=lambda report: mds.shard_number(report.name))
+    return sorted(reports, key=lambda report: report.number)
 
 
-def _write_index(staging: Path, shards: Sequence[ShardReport], shard_bytes: int) -> None:
-    content = mds.index([(shard.samples, shard.bytes) for shard in shards], shard_bytes)
-    commit.write_staged(staging / mds.INDEX, content)
-
-
-def _manifest(plan: Plan, inputs: Inputs, identity: str, staging: Path, shards: Sequence[ShardReport]) -> Manifest:
-    index = (staging / mds.INDEX).read_bytes()
+def _manifest(plan: Plan, inputs: Inputs, identity: str, index: bytes, shards: Sequence[ShardReport]) -> Manifest:
     files = [MixtureFile(name=mds.INDEX, bytes=len(index), sha256=hashlib.sha256(index).hexdigest())]
-    files += [MixtureFile(name=shard.name, bytes=shard.bytes, sha256=shard.sha256) for shard in shards]
+    files += [
+        MixtureFile(name=shard.name, bytes=shard.bytes, sha256=shard.sha256, raw_bytes=shard.raw_bytes)
+        for shard in shards
+    ]
     domains = {
         name: DomainCount(
             weight=domain.weight,
@@ -176,7 +191,7 @@ def describe(plan: Plan, config: MixtureConfig) -> str:
             f"  {name}: weight {domain.weight:.4f}, {domain.count:,} samples "
             f"({domain.count / plan.samples:.4f}), {domain.passes:.2f} passes over {domain.pool_samples:,}"
         )
-    lines.append(f"  fingerprint {fingerprint(mixture_inputs(plan, config.mixture.shard_bytes))}")
+    lines.append(f"  fingerprint {fingerprint(mixture_inputs(plan, layout_of(config)))}")
     return "\n".join(lines)
 
 

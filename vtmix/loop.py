@@ -25,9 +25,10 @@ from vtmix.artifacts import (
     Weights,
     run_folder,
 )
-from vtmix.compile import MANIFEST, compile_epoch, open_pools
+from vtmix.compile import compile_epoch, open_pools
 from vtmix.errors import ConflictError, MissingError, listing
 from vtmix.settings import DETECTING, REFERENCING, MixtureConfig
+from vtmix.staging import MANIFEST
 from vtmix.verify import require_intact
 from vtmix.weights import check_losses, first_weights, next_weights
 

@@ -8,6 +8,7 @@ bytes do not depend on their shard, they are encoded once, and writing a shard i
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -23,6 +24,7 @@ COLUMNS: Mapping[str, str] = {
     "sample_id": "str",
 }
 INDEX = "index.json"
+DEFAULT_LEVEL = 3
 
 IntArray = npt.NDArray[np.int32]
 
@@ -37,7 +39,7 @@ class Sample(TypedDict):
 
 
 def shard_name(number: int) -> str:
-    """The file name of a shard: MDSWriter's."""
+    """The file name of a shard that is not compressed: MDSWriter's."""
     return f"shard.{number:05d}.mds"
 
 
@@ -96,52 +98,99 @@ def _decode_array(data: bytes) -> IntArray:
     return np.frombuffer(data, np.int32, offset=start).copy()
 
 
-def shard_settings(size_limit: int) -> dict[str, Any]:
-    """What a shard's header and its index entry say alike."""
-    return {
-        "column_encodings": list(COLUMNS.values()),
-        "column_names": list(COLUMNS),
-        "column_sizes": [None] * len(COLUMNS),
-        "compression": None,
-        "format": "mds",
-        "hashes": [],
-        "size_limit": size_limit,
-        "version": 2,
-    }
+@dataclass(frozen=True)
+class ShardSize:
+    """What index.json says of one shard: its samples, its bytes, and those of its compressed file, if it has one."""
+
+    samples: int
+    bytes: int
+    compressed: int | None = None
 
 
-def header(lengths: npt.NDArray[np.int64], size_limit: int) -> bytes:
-    """Everything that stands before the first sample, given the samples' lengths in bytes.
+@dataclass(frozen=True)
+class Layout:
+    """What the shards of one folder have in common.
 
-    Raises MixtureError when the shard would reach 4 GiB, which its uint32 offsets cannot address.
+    `size_limit` bounds a shard's bytes before compression, `compression` is in MDSWriter's words (zstd, zstd:3).
     """
-    settings = json.dumps(shard_settings(size_limit), sort_keys=True).encode()
-    first = 4 + 4 * (len(lengths) + 1) + len(settings)
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]) + first
-    if offsets[-1] >= 1 << 32:
-        raise MixtureError(
-            f"a shard of {offsets[-1]:,} bytes exceeds the 4 GiB its offsets can address: lower mixture.shard_bytes"
-        )
-    return np.uint32(len(lengths)).tobytes() + offsets.astype(np.uint32).tobytes() + settings
 
+    size_limit: int
+    columns: Mapping[str, str] = field(default_factory=lambda: COLUMNS)
+    compression: str | None = None
 
-def header_bytes(samples: int, size_limit: int) -> int:
-    """The length of `header` for so many samples."""
-    return 4 + 4 * (samples + 1) + len(json.dumps(shard_settings(size_limit), sort_keys=True))
+    def name(self, number: int) -> str:
+        """The name of a shard's file as it is stored: compressed, if it is."""
+        name = shard_name(number)
+        return f"{name}.{self.compression.partition(':')[0]}" if self.compression else name
 
-
-def index(shards: Sequence[tuple[int, int]], size_limit: int) -> bytes:
-    """The content of index.json for shards given as (samples, bytes)."""
-    entries = [
-        {
-            **shard_settings(size_limit),
-            "raw_data": {"basename": shard_name(number), "bytes": size, "hashes": {}},
-            "samples": samples,
-            "zip_data": None,
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What a shard's header and its index entry say alike."""
+        return {
+            "column_encodings": list(self.columns.values()),
+            "column_names": list(self.columns),
+            "column_sizes": [None] * len(self.columns),
+            "compression": self.compression,
+            "format": "mds",
+            "hashes": [],
+            "size_limit": self.size_limit,
+            "version": 2,
         }
-        for number, (samples, size) in enumerate(shards)
-    ]
-    return json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode()
+
+    def compress(self, data: bytes) -> memoryview:
+        """One frame that says how long its content is, which MosaicML's reader needs."""
+        return memoryview(self._codec.compress(data))
+
+    def expand(self, data: bytes, size: int) -> bytes:
+        """What `compress` was given.
+
+        Raises ValueError unless `data` is the frame of `size` bytes.
+        """
+        try:
+            content: bytes = self._codec.decompress(data, size, asbytes=True)
+        except OSError as error:
+            raise ValueError(str(error)) from None
+        return content
+
+    @property
+    def _codec(self) -> Any:
+        import pyarrow as pa
+
+        name, _, level = str(self.compression).partition(":")
+        return pa.Codec(name, compression_level=int(level or DEFAULT_LEVEL))
+
+    def header(self, lengths: npt.NDArray[np.int64]) -> bytes:
+        """Everything that stands before the first sample, given the samples' lengths in bytes.
+
+        Raises MixtureError when the shard would reach 4 GiB, which its uint32 offsets cannot address.
+        """
+        settings = json.dumps(self._settings, sort_keys=True).encode()
+        first = 4 + 4 * (len(lengths) + 1) + len(settings)
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]) + first
+        if offsets[-1] >= 1 << 32:
+            raise MixtureError(
+                f"a shard of {offsets[-1]:,} bytes exceeds the 4 GiB its offsets can address: lower mixture.shard_bytes"
+            )
+        return np.uint32(len(lengths)).tobytes() + offsets.astype(np.uint32).tobytes() + settings
+
+    def header_bytes(self, samples: int) -> int:
+        """The length of `header` for so many samples."""
+        return 4 + 4 * (samples + 1) + len(json.dumps(self._settings, sort_keys=True))
+
+    def index(self, shards: Sequence[ShardSize]) -> bytes:
+        """The content of index.json."""
+        entries = [
+            {
+                **self._settings,
+                "raw_data": {"basename": shard_name(number), "bytes": shard.bytes, "hashes": {}},
+                "samples": shard.samples,
+                "zip_data": None
+                if shard.compressed is None
+                else {"basename": self.name(number), "bytes": shard.compressed, "hashes": {}},
+            }
+            for number, shard in enumerate(shards)
+        ]
+        return json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode()
 
 
 class Samples(Sequence[Sample]):

@@ -126,7 +126,7 @@ def _checked_counts(
                 f"domain '{name}' needs {count:,} samples, {count / pool.samples:.2f} passes over its pool of "
                 f"{pool.samples:,}, but mixture.max_passes is {max_passes:g}: add samples, or raise it"
             )
-        elif count and pool.max_sample_bytes + mds.header_bytes(1, shard_bytes) > shard_bytes:
+        elif count and pool.max_sample_bytes + mds.Layout(shard_bytes).header_bytes(1) > shard_bytes:
             offenders.append(
                 f"the largest sample of '{name}' takes {pool.max_sample_bytes:,} bytes, more than "
                 f"mixture.shard_bytes ({shard_bytes:,}) can hold: raise it"
@@ -158,7 +158,7 @@ def _shards(counts: Mapping[str, int], pools: Mapping[str, PoolManifest], shard_
     samples = sum(used.values())
     mean = 4 + sum(count * pools[name].bytes / pools[name].samples for name, count in used.items()) / samples
     largest = 4 + max(pools[name].max_sample_bytes for name in used)
-    room = shard_bytes - mds.header_bytes(0, shard_bytes)
+    room = shard_bytes - mds.Layout(shard_bytes).header_bytes(0)
     # Bernstein's bound equals the room where (room - mμ)² = (room - mμ)·2cL/3 + 2cmμL; as u = room - mμ this is
     # u² + (4/3)cLu - 2cL·room = 0, of which u is the positive root.
     slack = CONFIDENCE * largest

@@ -98,14 +98,15 @@ def _write_eval(folder: Path, encoded: EncodedDomain) -> EvalSplit:
     rows = encoded.held_out
     commit.make_folder(folder)
     shards = []
-    most = EVAL_SHARD_BYTES - mds.header_bytes(0, EVAL_SHARD_BYTES)
+    layout = mds.Layout(EVAL_SHARD_BYTES)
+    most = EVAL_SHARD_BYTES - layout.header_bytes(0)
     for number, (start, stop) in enumerate(_stretches(rows["bytes"].to_numpy() + 4, most)):
         lengths = rows["bytes"][start:stop].to_numpy()
         samples = encoded.gather(rows[start:stop], PART_SCHEMA)["mds"].to_pylist()
-        data = mds.header(lengths, EVAL_SHARD_BYTES) + b"".join(samples)
+        data = layout.header(lengths) + b"".join(samples)
         commit.write_staged(folder / mds.shard_name(number), data)
-        shards.append((stop - start, len(data)))
-    commit.write_staged(folder / mds.INDEX, mds.index(shards, EVAL_SHARD_BYTES))
+        shards.append(mds.ShardSize(stop - start, len(data)))
+    commit.write_staged(folder / mds.INDEX, layout.index(shards))
     return EvalSplit(
         samples=len(rows),
         tokens=int(rows["tokens"].sum()),

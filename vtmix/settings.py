@@ -272,6 +272,13 @@ class Mixture(Model):
     shard_bytes: Annotated[
         int, Field(ge=1 << 10, le=(1 << 32) - 1, description="largest shard; offsets are uint32, so below 4 GiB")
     ] = 1 << 26
+    compression: Annotated[
+        str | None,
+        Field(
+            pattern=r"^zstd(:([1-9]|1[0-9]|2[0-2]))?$",
+            description="of shards: zstd, or zstd:1 … zstd:22; readers expand them as they fetch them. null: none",
+        ),
+    ] = None
     max_passes: Annotated[float | None, Field(gt=0, description="refuse an epoch that repeats a pool more often")] = (
         None
     )

@@ -21,7 +21,8 @@ from vtmix.artifacts import Manifest, MixtureFile, Plan, fingerprint
 from vtmix.errors import DamageError, VtmixError, listing
 from vtmix.plan import shard_bounds
 from vtmix.pool import Pool
-from vtmix.shards import ShardWriter
+from vtmix.shards import ShardWriter, size_of
+from vtmix.staging import MANIFEST
 
 EPOCH_PATTERN = re.compile(r"epoch-([0-9]{4,})")
 
@@ -31,7 +32,7 @@ def open_manifest(folder: Path) -> Manifest:
 
     Raises MissingError when there is none, DamageError when it is not what vtmix writes.
     """
-    path = folder / compiler.MANIFEST
+    path = folder / MANIFEST
     named = EPOCH_PATTERN.fullmatch(folder.name)
     epoch = int(named[1]) if named else None
     if path.exists() and not _is_regular(path):
@@ -51,17 +52,17 @@ def _is_regular(path: Path) -> bool:
 
 def _contradictions(manifest: Manifest) -> Iterator[str]:
     """Where a manifest is none that vtmix writes, or one of its numbers was changed."""
-    names = [file.name for file in manifest.files]
-    expected = [mds.INDEX, *map(mds.shard_name, range(len(names) - 1))]
-    for name, wanted in itertools.zip_longest(names, expected):
-        if name != wanted:
-            yield f"{name!r} is no file of a mixture, or out of order (expected {wanted!r})"
     try:
-        plan, _ = _made_from(manifest)
+        plan, layout = compiler.made_from(manifest)
         identity = fingerprint(manifest.inputs)
     except (ValueError, TypeError, KeyError):
         yield "its inputs are not those of a mixture"
         return
+    names = [file.name for file in manifest.files]
+    expected = [mds.INDEX, *map(layout.name, range(len(names) - 1))]
+    for name, wanted in itertools.zip_longest(names, expected):
+        if name != wanted:
+            yield f"{name!r} is no file of a mixture, or out of order (expected {wanted!r})"
     if identity != manifest.fingerprint_of_inputs:
         yield "its inputs do not have the fingerprint it gives"
     for name in {**plan.domains, **manifest.domains}:
@@ -88,12 +89,6 @@ def _planned_share(plan: Plan, name: str) -> tuple[float, int, float] | None:
     return (domain.weight, domain.count, domain.count / plan.samples) if domain else None
 
 
-def _made_from(manifest: Manifest) -> tuple[Plan, int]:
-    """The plan a mixture was made from, which its manifest holds in full, and its shard_bytes."""
-    inputs = manifest.inputs or {}
-    return Plan.model_validate(inputs["plan"]), int(inputs["shard_bytes"])
-
-
 def damages(folder: Path, manifest: Manifest) -> Iterator[tuple[MixtureFile | None, str]]:
     """Every file that is missing, odd, changed or superfluous, with a sentence about it."""
     expected = {file.name: file for file in manifest.files}
@@ -106,7 +101,7 @@ def damages(folder: Path, manifest: Manifest) -> Iterator[tuple[MixtureFile | No
         if finding := findings[name]:
             yield file, finding
     for name in sorted(os.listdir(folder)):  # noqa: PTH208 (names, not paths)
-        if name not in expected and name != compiler.MANIFEST:
+        if name not in expected and name != MANIFEST:
             yield None, f"{folder / name}: is no file of this mixture: remove it"
 
 
@@ -129,10 +124,10 @@ def _check(path: Path, file: MixtureFile) -> str | None:
 
 def _is_index_of(path: Path, manifest: Manifest) -> bool:
     """Whether index.json is what vtmix writes for these shards: no other name, column type or size can stand in it."""
-    plan, shard_bytes = _made_from(manifest)
-    samples = [stop - start for start, stop in shard_bounds(plan)]
-    sizes = [file.bytes for file in manifest.files[1:]]
-    return path.read_bytes() == mds.index(list(zip(samples, sizes, strict=True)), shard_bytes)
+    plan, layout = compiler.made_from(manifest)
+    bounds = zip(shard_bounds(plan), manifest.files[1:], strict=True)
+    sizes = [size_of(stop - start, file.bytes, file.raw_bytes) for (start, stop), file in bounds]
+    return path.read_bytes() == layout.index(sizes)
 
 
 def require_intact(folder: Path) -> Manifest:
@@ -156,7 +151,7 @@ def verify(folder: Path, pools: Mapping[str, Pool] | None) -> list[str]:
     for file, finding in damages(folder, manifest):
         lines.append(finding)
         path = folder / file.name if file else None
-        if file and path and path.suffix == ".mds" and os.path.lexists(path) and _is_regular(path):
+        if file and path and file.name != mds.INDEX and os.path.lexists(path) and _is_regular(path):
             lines += [f"{path}: {where}" for where in _locate(path, file, manifest, pools)]
     return lines
 
@@ -165,13 +160,18 @@ def _locate(path: Path, file: MixtureFile, manifest: Manifest, pools: Mapping[st
     if pools is None:
         return ["the samples cannot be named without the pools"]
     try:
-        plan, shard_bytes = _made_from(manifest)
-        writer = ShardWriter(plan, pools, shard_bytes)
+        plan, layout = compiler.made_from(manifest)
+        writer = ShardWriter(plan, pools, layout)
         task = writer.tasks()[manifest.files.index(file) - 1]
-        whole = b"".join(writer.content(task))
-        if hashlib.sha256(whole).hexdigest() != file.sha256:
+        if hashlib.sha256(b"".join(writer.stored(task))).hexdigest() != file.sha256:
             return ["the samples cannot be named, since the pools are not what they were"]
-        return _changes(whole, path.read_bytes(), writer.sample_ids(task))
+        whole, found = b"".join(writer.content(task)), path.read_bytes()
+        if file.raw_bytes is not None:
+            try:
+                found = layout.expand(found, file.raw_bytes)
+            except ValueError:
+                return [f"cannot be expanded: all its {task.stop - task.start:,} samples are lost"]
+        return _changes(whole, found, writer.sample_ids(task))
     except (VtmixError, OSError, IndexError) as error:
         return [f"the samples cannot be named: {error}"]
 

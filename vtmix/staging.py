@@ -1,0 +1,83 @@
+"""Where a mixture is prepared until it is published: a hidden folder beside its place, or the store it is to stand in.
+
+A shard is written, then settled: from then on it lasts, and a compile that was interrupted takes it as it is. Many
+workers write; the one who collects their reports settles.
+"""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from vtmix import commit, mds
+
+MANIFEST = "manifest.json"
+
+
+class Staging(Protocol):
+    """A mixture on its way to its place; names are those of its files."""
+
+    def record(self, name: str) -> bytes:
+        """The record of a settled shard; empty when there is none."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """The bytes of a file, None when there is none."""
+        ...
+
+    def write(self, name: str, size: int) -> AbstractContextManager[BinaryIO]:
+        """A file to write `size` bytes to: it exists completely, or after an error not at all."""
+        ...
+
+    def settle(self, name: str, record: bytes) -> None:
+        """Makes a shard last, and then its record."""
+        ...
+
+    def publish(self, index: bytes, manifest: bytes) -> None:
+        """Makes the mixture visible; its manifest is written last."""
+        ...
+
+
+class FolderStaging:
+    """A hidden folder on the same disk, which one rename makes the mixture."""
+
+    def __init__(self, final: Path, fingerprint: str) -> None:
+        """Call it under the lock that guards `final`."""
+        self._final = final
+        self._folder = commit.staging_folder(final, fingerprint)
+
+    def record(self, name: str) -> bytes:
+        """Read from the file beside the shard."""
+        try:
+            return self._record(name).read_bytes()
+        except FileNotFoundError:
+            return b""
+
+    def size(self, name: str) -> int | None:
+        """The size of the file in the hidden folder."""
+        try:
+            return (self._folder / name).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, size: int) -> AbstractContextManager[BinaryIO]:
+        """Written under another name, and renamed when complete; not flushed yet."""
+        return commit.staged(self._folder / name, size, flush=False)
+
+    def settle(self, name: str, record: bytes) -> None:
+        """Flushes the shard, then writes its record."""
+        if self._record(name).exists():
+            return
+        commit.flush_file(self._folder / name)
+        # Not flushed: if the machine dies, a record that is not whole only has its shard written again.
+        commit.write_staged(self._record(name), record, flush=False)
+
+    def publish(self, index: bytes, manifest: bytes) -> None:
+        """Renames the folder."""
+        commit.write_staged(self._folder / mds.INDEX, index)
+        commit.write_staged(self._folder / MANIFEST, manifest)
+        for record in self._folder.glob(self._record("*").name):
+            record.unlink()
+        commit.publish_folder(self._folder, self._final)
+
+    def _record(self, name: str) -> Path:
+        return self._folder / f"{name}.done"
