@@ -18,7 +18,7 @@ from handmade import SHARES, SIZES, run_of, samples, tree, write_config, write_p
 from vtmix import mds
 from vtmix import pool as pools
 from vtmix.artifacts import Plan, PoolManifest, run_folder
-from vtmix.compile import compile_epoch, main, open_pools, planned
+from vtmix.compile import compile_epoch, made_from, main, open_pools, planned
 from vtmix.config import load
 from vtmix.errors import ConflictError, DamageError, MissingError, MixtureError
 from vtmix.plan import arrangement
@@ -486,9 +486,9 @@ def displace(folder):
     [
         (lambda folder: os.truncate(folder / "part-00000.arrow", 999), "has 999 bytes, pool.json says"),
         (lambda folder: (folder / "part-00001.arrow").unlink(), "part-00001.arrow is missing"),
-        (scramble, "a part is not readable as Arrow"),
+        (scramble, "part-00000.arrow: not readable as Arrow"),
         (overstate, "its parts hold fewer samples than pool.json says"),
-        (displace, "a part is not readable as Arrow"),
+        (displace, "a part is damaged"),
     ],
 )
 def test_a_damaged_pool_is_refused_by_name_and_publishes_nothing(tmp_path, damage, sentence):
@@ -499,6 +499,87 @@ def test_a_damaged_pool_is_refused_by_name_and_publishes_nothing(tmp_path, damag
     assert sentence in str(refusal.value)
     assert str(run_folder(config).path) in str(refusal.value)
     assert not run_folder(config).mixture(1).exists()
+
+
+# Shares of tokens
+
+
+@pytest.mark.parametrize("parts", [1, 5])
+def test_a_pool_measures_any_window_as_walking_there_does(tmp_path, parts):
+    content = list(samples("law", 23))
+    write_pool(tmp_path / "law", "law", content, parts=parts)
+    pool = pools.open_pool(tmp_path / "law")
+    tokens = [len(sample["input_ids"]) for sample in content]
+    for position, count in ((0, 0), (0, 23), (22, 1), (5, 30), (46, 3), (90, 70)):
+        walked = [content[place % 23] for place in range(position, position + count)]
+        assert pool.measured(position, count, "tokens") == sum(len(sample["input_ids"]) for sample in walked)
+        assert pool.measured(position, count, "sample_bytes") == sum(
+            len(mds.encode_sample(sample)) for sample in walked
+        )
+    for position in (0, 7, 60):
+        sums = np.cumsum([0, *(tokens[place % 23] for place in range(position, position + 60))])
+        for amount in range(0, int(sums[-2]), 13):
+            count = pool.nearest(position, amount, "tokens")
+            assert abs(sums[count] - amount) == np.abs(sums - amount).min()
+
+
+def test_an_epoch_by_tokens_holds_its_weights_as_shares_of_tokens(tmp_path):
+    config = run_of(tmp_path, samples_per_epoch=600, mixture={"unit": "tokens", "shard_bytes": 8192})
+    manifest, _ = compile_epoch(config, 1)
+    assert manifest.samples == sum(domain.samples for domain in manifest.domains.values()) == 600
+    plan = Plan.read(run_folder(config).plan(1), "")
+    for name, domain in manifest.domains.items():
+        assert domain.tokens / manifest.tokens == pytest.approx(SHARES[name], abs=40 / manifest.tokens)
+        assert (domain.tokens, domain.response_tokens) == (
+            plan.domains[name].tokens,
+            plan.domains[name].response_tokens,
+        )
+    require_intact(run_folder(config).mixture(1))
+
+
+# Compression
+
+
+@pytest.mark.parametrize("compression", ["zstd", "zstd:1"])
+def test_streaming_dataset_reads_compressed_shards_like_others(tmp_path, compression):
+    from streaming import MDSWriter, StreamingDataset
+
+    plain, small = (
+        run_of(tmp_path / name, mixture={"shard_bytes": 8192, "compression": value})
+        for name, value in (("plain", None), ("small", compression))
+    )
+    for config in (plain, small):
+        compile_epoch(config, 1)
+    folder = run_folder(small).mixture(1)
+    require_intact(folder)
+    expected = list(mds.Samples(run_folder(plain).mixture(1)))
+    found = StreamingDataset(
+        remote=str(folder), local=str(tmp_path / "cache"), shuffle=False, num_canonical_nodes=1, batch_size=1
+    )
+    assert [sample["sample_id"] for sample in found] == [sample["sample_id"] for sample in expected]
+    with MDSWriter(
+        out=str(tmp_path / "theirs"), columns=dict(mds.COLUMNS), size_limit=8192, compression=compression
+    ) as writer:
+        writer.write(expected[0])
+    theirs = json.loads((tmp_path / "theirs" / "index.json").read_text())["shards"][0]
+    ours = json.loads((folder / "index.json").read_text())["shards"][0]
+    assert theirs.keys() == ours.keys()
+    sizes = ("raw_data", "zip_data", "samples")
+    assert {k: v for k, v in theirs.items() if k not in sizes} == {k: v for k, v in ours.items() if k not in sizes}
+    assert theirs["zip_data"]["basename"] == ours["zip_data"]["basename"] == "shard.00000.mds.zstd"
+
+
+def test_an_expanded_shard_is_what_is_written_without_compression(tmp_path):
+    config = run_of(tmp_path, mixture={"shard_bytes": 8192, "compression": "zstd:1"})
+    manifest, _ = compile_epoch(config, 1)
+    _, layout = made_from(manifest)
+    file = manifest.files[1]
+    whole = layout.expand((run_folder(config).mixture(1) / file.name).read_bytes(), file.raw_bytes)
+    assert len(whole) == file.raw_bytes > file.bytes
+    plain = run_of(tmp_path / "plain")
+    compile_epoch(plain, 1)
+    other = (run_folder(plain).mixture(1) / mds.shard_name(0)).read_bytes()
+    assert whole.replace(b'"compression": "zstd:1"', b'"compression": null')[-1000:] == other[-1000:]
 
 
 # The command

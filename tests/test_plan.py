@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vtmix import mds
 from vtmix.artifacts import EvalSplit, PoolManifest, Weights
 from vtmix.errors import MixtureError
-from vtmix.plan import WINDOW, Arrangement, apportion, arrangement, make_plan, shard_bounds
+from vtmix.plan import WINDOW, Arrangement, apportion, apportion_amounts, arrangement, make_plan, shard_bounds
 from vtmix.weights import normalise
 
 
@@ -222,3 +222,94 @@ def test_a_plan_of_ten_billion_samples_over_a_thousand_domains_takes_under_a_sec
     found = plan_of(shares, pools, samples=10**10)
     assert time.perf_counter() - start < 1
     assert sum(domain.count for domain in found.domains.values()) == 10**10
+
+
+# Weights as shares of tokens
+
+
+@st.composite
+def lengths(draw):
+    """Token counts of the samples of a few pools."""
+    names = [f"d{number}" for number in range(draw(st.integers(1, 5)))]
+    return {name: draw(st.lists(st.integers(1, 900), min_size=1, max_size=30)) for name in names}
+
+
+def counted(tokens, position):
+    """The count from a position on whose tokens come nearest to an amount, by walking there."""
+
+    def nearest(amount):
+        count, total = 0, 0
+        while total < amount:
+            total += tokens[(position + count) % len(tokens)]
+            count += 1
+        last = tokens[(position + count - 1) % len(tokens)]
+        return count - 1 if count and amount - (total - last) <= total - amount else count
+
+    return nearest
+
+
+@settings(deadline=None)
+@given(lengths(), st.integers(1, 400), st.data())
+def test_token_counts_sum_to_the_epoch_and_their_tokens_are_within_two_samples_of_their_share(pools, samples, data):
+    masses = data.draw(st.lists(st.integers(1, 9), min_size=len(pools), max_size=len(pools)))
+    shares = normalise(dict(zip(pools, masses, strict=True)))
+    nearest = {name: counted(tokens, 3) for name, tokens in pools.items()}
+    counts = apportion_amounts(shares, samples, nearest, 1.0)
+    assert sum(counts.values()) == samples
+    total = {
+        name: sum(tokens[(3 + place) % len(tokens)] for place in range(counts[name])) for name, tokens in pools.items()
+    }
+    for name, found in total.items():
+        assert abs(found - shares[name] * sum(total.values())) <= 2 * 900 + len(pools) * 900
+    assert apportion_amounts(dict(reversed(shares.items())), samples, nearest, 1e4) == counts
+
+
+def test_a_domain_of_weight_0_gets_no_tokens():
+    nearest = {"a": counted([10], 0), "b": counted([20], 0)}
+    assert apportion_amounts({"a": 1.0, "b": 0.0}, 7, nearest, 1.0) == {"a": 7, "b": 0}
+
+
+class Lengths:
+    """A pool that is nothing but token counts."""
+
+    def __init__(self, size, mean, seed):
+        self.tokens = np.random.default_rng(seed).geometric(1 / mean, size)
+        self.sums = np.concatenate([[0], np.cumsum(self.tokens)])
+
+    def measured(self, position, count, measure):
+        return self._before(position + count) - self._before(position)
+
+    def nearest(self, position, amount, measure):
+        passes, rest = divmod(self._before(position) + amount, self.sums[-1])
+        place = int(np.searchsorted(self.sums, rest))
+        place -= place > 0 and rest - self.sums[place - 1] < self.sums[place] - rest
+        return max(0, int(passes) * len(self.tokens) + place - position)
+
+    def _before(self, position):
+        passes, place = divmod(position, len(self.tokens))
+        return int(passes * self.sums[-1] + self.sums[place])
+
+    @property
+    def manifest(self):
+        size, total = len(self.tokens), int(self.sums[-1])
+        return pool(size).model_copy(update={"tokens": total, "response_tokens": total})
+
+
+@pytest.mark.parametrize("unit", ["tokens", "response_tokens"])
+def test_pools_of_100_000_samples_give_proportions_by_token_within_a_thousandth(unit):
+    shares = {"law": 0.5, "code": 0.3, "other": 0.2}
+    supplies = {"law": Lengths(100_000, 300, 1), "code": Lengths(150_000, 40, 2), "other": Lengths(100_000, 900, 3)}
+    manifests = {name: supply.manifest for name, supply in supplies.items()}
+    for samples in (60_000, 400_000):
+        plan = plan_of(shares, manifests, samples=samples, unit=unit, supplies=supplies)
+        assert sum(domain.count for domain in plan.domains.values()) == samples
+        total = sum(domain.tokens for domain in plan.domains.values())
+        for name, domain in plan.domains.items():
+            assert domain.tokens / total == pytest.approx(shares[name], abs=1e-3)
+            assert domain.tokens == supplies[name].measured(domain.position, domain.count, unit)
+
+
+def test_a_pool_without_a_response_token_cannot_have_a_share_of_them():
+    empty = pool(10).model_copy(update={"response_tokens": 0})
+    with pytest.raises(MixtureError, match="its pool holds no response_tokens"):
+        plan_of({"law": 1.0}, {"law": empty}, unit="response_tokens", supplies={"law": Lengths(10, 5, 1)})

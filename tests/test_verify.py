@@ -314,3 +314,17 @@ def test_where_the_pools_are_gone_or_changed_the_file_is_named_all_the_same(conf
     found = verify(run.mixture(1), known)
     assert found[0].startswith(first)
     assert found[1].startswith(f"{path}: the samples cannot be named: ")
+
+
+def test_a_damaged_compressed_shard_is_named_with_its_samples_or_as_lost(tmp_path):
+    config = run_of(tmp_path, mixture={"shard_bytes": 8192, "compression": "zstd"})
+    compile_epoch(config, 1)
+    folder = run_folder(config).mixture(1)
+    path = folder / "shard.00001.mds.zstd"
+    original = path.read_bytes()
+    assert verify(folder, open_pools(config)) == []
+    for position in range(0, len(original), len(original) // 40):
+        path.write_bytes(original[:position] + bytes([original[position] ^ 1]) + original[position + 1 :])
+        lines = verify(folder, open_pools(config))
+        assert lines[0].startswith(f"{path}: its bytes have changed")
+        assert all("cannot be expanded" in line or "changed" in line for line in lines[1:])

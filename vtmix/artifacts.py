@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from vtmix import commit
 from vtmix.config import flatten
 from vtmix.errors import ConflictError, DamageError, MissingError, listing
-from vtmix.settings import DomainName, MixtureConfig, Model
+from vtmix.settings import DomainName, MixtureConfig, Model, Unit
 
 Inputs = dict[str, Any]
 Count = Annotated[int, Field(ge=0)]
@@ -121,7 +121,10 @@ class PoolPart(Model):
 
     name: str
     samples: Count
-    bytes: Count
+    tokens: Count
+    response_tokens: Count
+    sample_bytes: Annotated[Count, Field(description="encoded samples, without Arrow's framing")]
+    bytes: Annotated[Count, Field(description="of the file")]
     sha256: str
 
 
@@ -295,6 +298,9 @@ class DomainPlan(Model):
     pool: Annotated[str, Field(description="fingerprint of the pool")]
     passes: Annotated[float, Field(ge=0, description="count / pool_samples")]
     unique: Annotated[Count, Field(description="different samples among the count")]
+    tokens: Annotated[Count | None, Field(description="of these samples; null: not counted")] = None
+    response_tokens: Annotated[Count | None, Field(description="of these samples; null: not counted")] = None
+    bytes: Annotated[Count | None, Field(description="of these samples, encoded; null: not counted")] = None
 
 
 class Plan(Artefact):
@@ -302,6 +308,7 @@ class Plan(Artefact):
 
     epoch: Annotated[int, Field(ge=1)]
     knowledge: Annotated[str | None, Field(description="how the knowledge distribution behind it is known")] = None
+    unit: Annotated[Unit, Field(description="what the weights are shares of")] = "samples"
     samples: Annotated[int, Field(ge=1)]
     shards: Annotated[int, Field(ge=1)]
     seed: Count

@@ -57,6 +57,8 @@ def planned(config: MixtureConfig, epoch: int, pools: Mapping[str, Pool]) -> Pla
         shard_bytes=config.mixture.shard_bytes,
         max_passes=config.mixture.max_passes,
         previous=previous,
+        unit=config.mixture.unit,
+        supplies=pools,
     )
     committed = Plan.committed(run.plan(epoch), plan.inputs or {})
     if committed is not None:

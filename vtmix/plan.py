@@ -5,27 +5,41 @@ epochs, so no sample repeats before its whole pool was seen. The order within an
 from positions to domains, computable anywhere in the epoch without walking there.
 """
 
+import functools
 import hashlib
 import heapq
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from vtmix import mds
-from vtmix.artifacts import DomainPlan, Inputs, Plan, PoolManifest, Weights
+from vtmix.artifacts import DomainPlan, Plan, PoolManifest, Weights
 from vtmix.errors import MixtureError, listing
+from vtmix.settings import Unit
 
 WINDOW = 128
 """The window in which every domain's count is held near its share: the paper's batch."""
 CANDIDATES = 64
 CONFIDENCE = 20
 """A shard exceeds its cap with a chance of at most e^-20."""
+
+
+class Supply(Protocol):
+    """A pool that can be measured."""
+
+    def measured(self, position: int, count: int, measure: Literal["tokens", "response_tokens", "sample_bytes"]) -> int:
+        """The tokens, response tokens or bytes of a window."""
+        ...
+
+    def nearest(self, position: int, amount: float, measure: Literal["tokens", "response_tokens"]) -> int:
+        """How many samples from a position on come nearest to an amount."""
+        ...
 
 
 def apportion(weights: Mapping[str, float], samples: int) -> dict[str, int]:
@@ -43,6 +57,33 @@ def apportion(weights: Mapping[str, float], samples: int) -> dict[str, int]:
     return counts
 
 
+def apportion_amounts(
+    weights: Mapping[str, float], samples: int, nearest: Mapping[str, Callable[[float], int]], estimate: float
+) -> dict[str, int]:
+    """Integer counts that sum to `samples`, with amounts (tokens) in the proportions of the weights.
+
+    `nearest[name](amount)` is the count whose amount is nearest; it never falls as the amount grows. The whole amount
+    is found by bisection, beginning at `estimate`. Where domains step at once, the remaining samples, fewer than
+    domains, go to those with the largest weights.
+    """
+    used = {name: weight for name, weight in weights.items() if weight}
+
+    def counts(amount: float) -> dict[str, int]:
+        return {name: nearest[name](weight * amount) for name, weight in used.items()}
+
+    low, high = 0.0, max(estimate, 1.0)
+    while sum(counts(high).values()) <= samples:
+        low, high = high, 2 * high
+    while high - low > max(1e-3, 1e-12 * high):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(counts(middle).values()) <= samples else (low, middle)
+    found = counts(low)
+    by_weight = sorted(used, key=lambda name: (-used[name], name))
+    for name in itertools.islice(itertools.cycle(by_weight), samples - sum(found.values())):
+        found[name] += 1
+    return {name: found.get(name, 0) for name in weights}
+
+
 def make_plan(
     weights: Weights,
     pools: Mapping[str, PoolManifest],
@@ -52,29 +93,49 @@ def make_plan(
     shard_bytes: int,
     max_passes: float | None = None,
     previous: Plan | None = None,
+    unit: Unit = "samples",
+    supplies: Mapping[str, Supply] | None = None,
 ) -> Plan:
     """The plan of an epoch of `samples` samples.
 
-    `previous` is the plan of the epoch before; without one, each domain starts at a position drawn from the seed.
-    Raises MixtureError listing every domain whose pool cannot serve its weight.
+    `previous` is the plan of the epoch before; without one, each domain starts at a position drawn from the seed. With
+    `supplies`, the pools themselves, the plan tells tokens and bytes, and the weights may be shares of tokens. Raises
+    MixtureError listing every domain whose pool cannot serve its weight.
     """
-    counts = _checked_counts(weights, pools, samples, shard_bytes, max_passes)
+    _refuse_strangers(weights, pools)
+    positions = {name: _position(name, pool, seed, previous) for name, pool in pools.items()}
+    if unit == "samples":
+        counts = apportion(weights.weights, samples)
+    else:
+        _refuse_empty(weights, pools, unit)
+        counts = _counts_by_tokens(weights, pools, positions, samples, unit, supplies or {})
+    _refuse_unservable(weights, pools, counts, shard_bytes, max_passes)
     domains = {
         name: DomainPlan(
             weight=weights.weights[name],
             count=count,
-            position=_position(name, pools[name], seed, previous),
+            position=positions[name],
             pool_samples=pools[name].samples,
             pool=pools[name].fingerprint(),
             passes=count / pools[name].samples if pools[name].samples else 0.0,
             unique=min(count, pools[name].samples),
+            **_measures(supplies, name, positions[name], count),
         )
         for name, count in counts.items()
     }
     return Plan(
-        inputs=plan_inputs(weights, pools, samples=samples, seed=seed, shard_bytes=shard_bytes, previous=previous),
+        inputs={
+            "samples": samples,
+            "unit": unit,
+            "seed": seed,
+            "shard_bytes": shard_bytes,
+            "weights": dict(weights.weights),
+            "pools": {name: pools[name].fingerprint() for name in weights.weights},
+            "previous_plan": previous.fingerprint() if previous else None,
+        },
         epoch=weights.epoch,
         knowledge=weights.knowledge,
+        unit=unit,
         samples=samples,
         shards=_shards(counts, pools, shard_bytes),
         seed=seed,
@@ -82,38 +143,60 @@ def make_plan(
     )
 
 
-def plan_inputs(
-    weights: Weights,
-    pools: Mapping[str, PoolManifest],
-    *,
-    samples: int,
-    seed: int,
-    shard_bytes: int,
-    previous: Plan | None,
-) -> Inputs:
-    """What a plan is made from."""
+def _measures(supplies: Mapping[str, Supply] | None, name: str, position: int, count: int) -> dict[str, int]:
+    if supplies is None:
+        return {}
     return {
-        "samples": samples,
-        "seed": seed,
-        "shard_bytes": shard_bytes,
-        "weights": dict(weights.weights),
-        "pools": {name: pools[name].fingerprint() for name in weights.weights if name in pools},
-        "previous_plan": previous.fingerprint() if previous else None,
+        "tokens": supplies[name].measured(position, count, "tokens") if count else 0,
+        "response_tokens": supplies[name].measured(position, count, "response_tokens") if count else 0,
+        "bytes": supplies[name].measured(position, count, "sample_bytes") if count else 0,
     }
 
 
-def _checked_counts(
+def _counts_by_tokens(
     weights: Weights,
     pools: Mapping[str, PoolManifest],
+    positions: Mapping[str, int],
     samples: int,
-    shard_bytes: int,
-    max_passes: float | None,
+    unit: Literal["tokens", "response_tokens"],
+    supplies: Mapping[str, Supply],
 ) -> dict[str, int]:
+    used = [name for name, weight in weights.weights.items() if weight]
+    per_token = sum(
+        weights.weights[name] * pools[name].samples / getattr(pools[name], unit) for name in used
+    )  # samples that one token of the mixture takes
+    nearest = {name: functools.partial(_nearest, supplies[name], positions[name], unit) for name in used}
+    return apportion_amounts(weights.weights, samples, nearest, samples / per_token)
+
+
+def _nearest(supply: Supply, position: int, unit: Literal["tokens", "response_tokens"], amount: float) -> int:
+    return supply.nearest(position, amount, unit)
+
+
+def _refuse_strangers(weights: Weights, pools: Mapping[str, PoolManifest]) -> None:
     unknown = [f"domain '{name}' has a weight but no pool: build its pool" for name in weights.weights.keys() - pools]
     unknown += [f"domain '{name}' has a pool but no weight: give it one" for name in pools.keys() - weights.weights]
     if unknown:
         raise MixtureError(listing(sorted(unknown)))
-    counts = apportion(weights.weights, samples)
+
+
+def _refuse_empty(weights: Weights, pools: Mapping[str, PoolManifest], unit: Unit) -> None:
+    offenders = [
+        f"domain '{name}' has weight {weight:.4g} but its pool holds no {unit}: add samples, or set its weight to 0"
+        for name, weight in weights.weights.items()
+        if weight and not getattr(pools[name], unit)
+    ]
+    if offenders:
+        raise MixtureError(listing(offenders))
+
+
+def _refuse_unservable(
+    weights: Weights,
+    pools: Mapping[str, PoolManifest],
+    counts: Mapping[str, int],
+    shard_bytes: int,
+    max_passes: float | None,
+) -> None:
     offenders = []
     for name, count in counts.items():
         pool, weight = pools[name], weights.weights[name]
@@ -133,7 +216,6 @@ def _checked_counts(
             )
     if offenders:
         raise MixtureError(listing(offenders))
-    return counts
 
 
 def _position(name: str, pool: PoolManifest, seed: int, previous: Plan | None) -> int:
@@ -213,7 +295,7 @@ class Arrangement:
         """The length of the epoch."""
         return sum(self.counts)
 
-    @cached_property
+    @functools.cached_property
     def _tree(self) -> _Leaf | _Split:
         best: tuple[float, _Leaf | _Split] | None = None
         for candidate in range(CANDIDATES):

@@ -9,11 +9,14 @@ built it (pooling.py), and new data leaves the relative order of the rest alone.
     pool/<domain>/eval/                 the held-out split, as MDS
 """
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from vtmix import mds
@@ -23,6 +26,10 @@ from vtmix.errors import DamageError
 PART_SCHEMA = pa.schema(
     {"sample_id": pa.string(), "tokens": pa.int32(), "response_tokens": pa.int32(), "mds": pa.large_binary()}
 )
+
+Measure = Literal["tokens", "response_tokens", "sample_bytes"]
+REMEMBERED = 4
+"""Parts whose running sums are kept at hand."""
 
 
 def read_ipc(path: Path) -> pa.Table:
@@ -37,6 +44,18 @@ def ipc_bytes(table: pa.Table) -> bytes:
         writer.write_table(table)
     data: bytes = sink.getvalue().to_pybytes()
     return data
+
+
+def numbers(chunks: Iterable[pa.Array]) -> npt.NDArray[np.int64]:
+    """The values of an int32 column. Buffers are read as they lie: Arrow's own conversion would import pandas."""
+    found = [np.frombuffer(chunk.buffers()[1], np.int32, len(chunk), 4 * chunk.offset) for chunk in chunks]
+    return np.concatenate([np.empty(0, np.int64), *found])
+
+
+def byte_lengths(chunks: Iterable[pa.Array]) -> npt.NDArray[np.int64]:
+    """The lengths of the values of a large_binary column, in bytes."""
+    edges = [np.frombuffer(chunk.buffers()[1], np.int64, len(chunk) + 1, 8 * chunk.offset) for chunk in chunks]
+    return np.concatenate([np.empty(0, np.int64), *map(np.diff, edges)])
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,7 @@ class Pool:
         self.folder = folder
         self.manifest = manifest
         self._ends = np.cumsum([part.samples for part in manifest.parts], dtype=np.int64)
+        self._sums: OrderedDict[tuple[int, Measure], npt.NDArray[np.int64]] = OrderedDict()
 
     def slices(self, position: int, count: int) -> Iterator[Slice]:
         """The rows that hold samples position … position + count - 1, the pool repeating without end."""
@@ -70,7 +90,7 @@ class Pool:
     def part(self, number: int) -> pa.Table:
         """One part, memory-mapped: PART_SCHEMA.
 
-        Raises DamageError when its size is not what pool.json says.
+        Raises DamageError when it is not the file that pool.json says.
         """
         meta = self.manifest.parts[number]
         path = self.folder / meta.name
@@ -80,11 +100,57 @@ class Pool:
             raise DamageError(f"{path} is missing, though {self.folder.name}/pool.json lists it") from None
         if size != meta.bytes:
             raise DamageError(f"{path} has {size:,} bytes, pool.json says {meta.bytes:,}")
-        return read_ipc(path)
+        try:
+            return read_ipc(path)
+        except pa.ArrowException as error:
+            raise DamageError(f"{path}: not readable as Arrow ({error}): build the pool again") from None
 
     def window(self, position: int, count: int) -> list[pa.Table]:
         """The tables whose rows, one after the other, are the samples of a window."""
         return [self.part(s.part).slice(s.start, s.stop - s.start) for s in self.slices(position, count)]
+
+    def measured(self, position: int, count: int, measure: Measure) -> int:
+        """The tokens, response tokens or bytes of a window. It is read at its two ends only, however long it is."""
+        return self._before(position + count, measure) - self._before(position, measure)
+
+    def nearest(self, position: int, amount: float, measure: Measure) -> int:
+        """How many samples from a position on come nearest to an amount of tokens, response tokens or bytes."""
+        sought = self._before(position, measure) + amount
+        totals = self._totals(measure)
+        passes, rest = divmod(sought, float(totals[-1]))
+        part = min(int(np.searchsorted(totals, rest, side="right")), len(totals) - 1)
+        before = int(totals[part - 1]) if part else 0
+        sums = self._running(part, measure)
+        place = min(int(np.searchsorted(sums, rest - before, side="right")) - 1, len(sums) - 2)
+        place += rest - before - sums[place] > sums[place + 1] - (rest - before)
+        first = int(self._ends[part - 1]) if part else 0
+        count: int = max(0, int(passes) * self.manifest.samples + first + place - position)
+        return count
+
+    def _before(self, position: int, measure: Measure) -> int:
+        """What stands before a position of the endless repetition."""
+        totals = self._totals(measure)
+        passes, place = divmod(position, self.manifest.samples)
+        part = int(np.searchsorted(self._ends, place, side="right"))
+        first, before = (int(self._ends[part - 1]), int(totals[part - 1])) if part else (0, 0)
+        return passes * int(totals[-1]) + before + int(self._running(part, measure)[place - first])
+
+    def _totals(self, measure: Measure) -> npt.NDArray[np.int64]:
+        """Running sums over the parts."""
+        return np.cumsum([getattr(part, measure) for part in self.manifest.parts], dtype=np.int64)
+
+    def _running(self, part: int, measure: Measure) -> npt.NDArray[np.int64]:
+        """Running sums within a part, from 0 on: one more than it has samples."""
+        found = self._sums.pop((part, measure), None)
+        if found is None:
+            table = self.part(part)
+            chunks = table["mds" if measure == "sample_bytes" else measure].chunks
+            values = byte_lengths(chunks) if measure == "sample_bytes" else numbers(chunks)
+            found = np.concatenate([[0], np.cumsum(values)])
+        self._sums[part, measure] = found
+        if len(self._sums) > REMEMBERED:
+            self._sums.popitem(last=False)
+        return found
 
     def samples(self, position: int, count: int) -> Iterator[mds.Sample]:
         """The decoded samples of a window."""

@@ -84,7 +84,15 @@ def _write_parts(folder: Path, encoded: EncodedDomain, train: pl.DataFrame) -> I
         data = ipc_bytes(encoded.gather(train[start:stop], PART_SCHEMA))
         name = f"part-{number:05d}.arrow"
         commit.write_staged(folder / name, data)
-        yield PoolPart(name=name, samples=stop - start, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        yield PoolPart(
+            name=name,
+            samples=stop - start,
+            tokens=int(train["tokens"][start:stop].sum()),
+            response_tokens=int(train["response_tokens"][start:stop].sum()),
+            sample_bytes=int(train["bytes"][start:stop].sum()),
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
 
 
 def _write_texts(folder: Path, encoded: EncodedDomain, rows: pl.DataFrame) -> None:

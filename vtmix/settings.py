@@ -266,9 +266,15 @@ class WeightsSettings(Model):
     ] = False
 
 
-class Mixture(Model):
-    """How an epoch's samples become shards."""
+Unit = Literal["samples", "tokens", "response_tokens"]
 
+
+class Mixture(Model):
+    """How an epoch is made up, and how its samples become shards."""
+
+    unit: Annotated[
+        Unit, Field(description="what the weights are shares of; samples_per_epoch samples make an epoch in any case")
+    ] = "samples"
     shard_bytes: Annotated[
         int, Field(ge=1 << 10, le=(1 << 32) - 1, description="largest shard; offsets are uint32, so below 4 GiB")
     ] = 1 << 26

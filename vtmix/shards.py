@@ -18,7 +18,7 @@ from vtmix import mds
 from vtmix.artifacts import Plan
 from vtmix.errors import ConflictError, DamageError, MixtureError
 from vtmix.plan import arrangement, shard_bounds
-from vtmix.pool import Pool
+from vtmix.pool import Pool, byte_lengths, numbers
 from vtmix.staging import Staging
 
 GATHER_BYTES = 1 << 21
@@ -68,10 +68,7 @@ class _Window:
         self._arrays = [chunk for table in tables for chunk in table["mds"].chunks if len(chunk)]
         for array in self._arrays:
             array.validate(full=True)
-        edges = [
-            np.frombuffer(array.buffers()[1], np.int64, len(array) + 1, 8 * array.offset) for array in self._arrays
-        ]
-        self.lengths = np.concatenate([np.empty(0, np.int64), *map(np.diff, edges)])
+        self.lengths = byte_lengths(self._arrays)
         self.tokens = _total(tables, "tokens")
         self.response_tokens = _total(tables, "response_tokens")
         self._next = 0
@@ -94,7 +91,7 @@ def _window(pool: Pool, position: int, count: int) -> _Window:
     try:
         window = _Window(pool.window(position, count))
     except pa.ArrowException as error:
-        raise DamageError(f"{pool.folder}: a part is not readable as Arrow ({error}): build the pool again") from None
+        raise DamageError(f"{pool.folder}: a part is damaged ({error}): build the pool again") from None
     if len(window.lengths) != count:
         raise DamageError(f"{pool.folder}: its parts hold fewer samples than pool.json says: build the pool again")
     return window
@@ -129,11 +126,7 @@ def settle(staging: Staging, report: ShardReport) -> None:
 
 
 def _total(tables: Sequence[pa.Table], column: str) -> int:
-    chunks = (chunk for table in tables for chunk in table[column].chunks)
-    return sum(
-        int(np.frombuffer(chunk.buffers()[1], np.int32, len(chunk), 4 * chunk.offset).sum(dtype=np.int64))
-        for chunk in chunks
-    )
+    return int(numbers(chunk for table in tables for chunk in table[column].chunks).sum())
 
 
 class ShardWriter:
