@@ -95,7 +95,7 @@ def newest_state(config: MixtureConfig) -> Path | None:
             )
         return None
     state, checkpoint = found
-    manifest = Manifest.read(run.mixture(checkpoint.epoch) / "manifest.json", "restore it, or start another run folder")
+    manifest = Manifest.read(run.manifest(checkpoint.epoch), "restore it, or start another run folder")
     checkpoints.require_mixture(checkpoint, manifest.digest())
     say(f"going on from the checkpoint after step {checkpoint.step} (epoch {checkpoint.epoch})")
     return state

@@ -20,6 +20,7 @@ from vtmix.errors import ConflictError, DamageError, MissingError, listing
 from vtmix.settings import DomainName, MixtureConfig, Model, Unit
 
 Inputs = dict[str, Any]
+MANIFEST = "manifest.json"
 Count = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -390,6 +391,14 @@ class RunFolder:
 
     def mixture(self, epoch: int) -> Path:
         return self.path / "mixture" / f"epoch-{epoch:04d}"
+
+    def manifest(self, epoch: int) -> Path:
+        """What a mixture says of itself, kept beside its place when the mixture is removed."""
+        inside, kept = self.mixture(epoch) / MANIFEST, self.kept_manifest(epoch)
+        return kept if kept.exists() and not inside.exists() else inside
+
+    def kept_manifest(self, epoch: int) -> Path:
+        return self.path / "mixture" / f"epoch-{epoch:04d}.json"
 
     @property
     def checkpoints(self) -> Path:

@@ -87,6 +87,14 @@ def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, Checkpoint] 
     return None
 
 
+def epochs(folder: Path) -> list[int]:
+    """The epochs that the published checkpoints belong to; their states are not read.
+
+    Raises DamageError when a checkpoint does not say.
+    """
+    return [Checkpoint.read(path / MARKER, f"{path.name} is not complete").epoch for path in _published(folder)]
+
+
 def require_mixture(checkpoint: Checkpoint, digest: str) -> None:
     """Raises ConflictError, naming both, when a checkpoint was trained on another mixture than the one of its epoch."""
     if checkpoint.mixture != digest:

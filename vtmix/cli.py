@@ -196,12 +196,13 @@ def weights(epoch: Epoch, config: Config = None, run: Run = None) -> None:
 
 @app.command()
 def plan(epoch: Epoch, config: Config = None, run: Run = None) -> None:
-    """Commit an epoch's counts and positions per domain."""
+    """Commit an epoch's counts and positions per domain, and show how they differ from the epoch before."""
     from vtmix.compile import commit_plan, describe, open_pools, planned
 
     settings, folder = load(config, run)
     found = planned(settings, epoch, open_pools(settings))
-    say(describe(found, settings))
+    for line in describe(found, settings):
+        say(line)
     say(f"{_state(commit_plan(settings, found))}: {folder.plan(epoch)}")
 
 
@@ -211,14 +212,17 @@ def compile_(
     config: Config = None,
     run: Run = None,
     workers: Workers = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print counts and fingerprint, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and its fingerprint, write nothing.")
+    ] = False,
 ) -> None:
     """Write an epoch's mixture as MDS shards (also `python -m vtmix.compile`)."""
     from vtmix.compile import compile_epoch, describe, open_pools, planned, summarise
 
     settings, folder = load(config, run)
     if dry_run:
-        say(describe(planned(settings, epoch, open_pools(settings)), settings))
+        for line in describe(planned(settings, epoch, open_pools(settings)), settings):
+            say(line)
         return
     manifest, fresh = compile_epoch(settings, epoch, workers)
     say(summarise(manifest, folder.mixture(epoch), fresh=fresh))
@@ -242,6 +246,48 @@ def verify(epoch: Epoch, config: Config = None, run: Run = None) -> None:
     if found:
         raise DamageError(f"{folder.mixture(epoch)} is damaged: move it away and compile the epoch again")
     say(f"intact: {folder.mixture(epoch)}")
+
+
+@app.command()
+def trace(
+    sample_id: Annotated[
+        str | None, typer.Argument(help="A sample: where it stands. Or give --epoch and --step.")
+    ] = None,
+    epoch: Annotated[int | None, typer.Option("--epoch", min=1, help="With --step: an epoch, from 1.")] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", min=1, help="A step of that epoch, from 1: what it saw.")
+    ] = None,
+    config: Config = None,
+    run: Run = None,
+) -> None:
+    """Say in which epochs, shards and steps a sample is, or which samples a step sees."""
+    from vtmix.trace import of_sample, of_step
+
+    if (sample_id is None) == (epoch is None) or (epoch is None) != (step is None):
+        raise ConfigError("give either a sample id, or both --epoch and --step")
+    settings, _ = load(config, run)
+    found = of_sample(settings, sample_id) if sample_id else of_step(settings, epoch or 1, step or 1)
+    for seen in found:
+        say(
+            f"epoch {seen.epoch}, step {seen.step:,} ({seen.run_step:,} of the run): {seen.domain} {seen.sample_id} "
+            f"at {seen.place:,} of {seen.shard}"
+        )
+    if not found:
+        say(f"{sample_id}: in no epoch compiled so far")
+
+
+@app.command()
+def gc(
+    config: Config = None,
+    run: Run = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be freed, remove nothing.")] = False,
+) -> None:
+    """Remove mixtures that no checkpoint needs. Their manifests stay: they can be compiled again, byte-identical."""
+    from vtmix.gc import collect
+
+    settings, folder = load(config, run)
+    freed = collect(settings, say, dry_run=dry_run)
+    say(f"{'would free' if dry_run else 'freed'} {freed / 2**20:,.1f} MiB in {folder.path}")
 
 
 @app.command()

@@ -7,11 +7,12 @@ An interrupted compile resumes from the shards that are complete and yields the 
 import argparse
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vtmix import commit, config, distribute, mds, progress
 from vtmix.artifacts import (
+    MANIFEST,
     DomainCount,
     Inputs,
     Manifest,
@@ -22,11 +23,12 @@ from vtmix.artifacts import (
     run_folder,
 )
 from vtmix.errors import ConflictError, MixtureError, VtmixError
+from vtmix.overview import overview
 from vtmix.plan import make_plan
 from vtmix.pool import Pool, open_pool
 from vtmix.settings import MixtureConfig
 from vtmix.shards import ShardReport, ShardWriter, settle
-from vtmix.staging import MANIFEST, FolderStaging, Staging
+from vtmix.staging import FolderStaging, Staging
 
 FORMAT = "mds-2"
 
@@ -121,7 +123,10 @@ def compile_epoch(config: MixtureConfig, epoch: int, workers: int | None = None)
         commit_plan(config, plan)
         if committed := _committed(final, inputs):
             return committed, False
-        return _compile(ShardWriter(plan, pools, layout), inputs, final, workers), True
+        removed = Manifest.committed(run.kept_manifest(epoch), inputs)
+        manifest = _compile(ShardWriter(plan, pools, layout), inputs, final, workers, removed)
+        run.kept_manifest(epoch).unlink(missing_ok=True)
+        return manifest, True
 
 
 def _committed(final: Path, inputs: Inputs) -> Manifest | None:
@@ -131,12 +136,20 @@ def _committed(final: Path, inputs: Inputs) -> Manifest | None:
     return found
 
 
-def _compile(writer: ShardWriter, inputs: Inputs, final: Path, workers: int | None) -> Manifest:
+def _compile(
+    writer: ShardWriter, inputs: Inputs, final: Path, workers: int | None, removed: Manifest | None
+) -> Manifest:
+    """Writes a mixture; one that was removed before has to come out with the bytes it had."""
     identity = fingerprint(inputs)
     staging = FolderStaging(final, identity)
     shards = _write_shards(writer, staging, workers)
     index = writer.layout.index([shard.size for shard in shards])
     manifest = _manifest(writer.plan, inputs, identity, index, shards)
+    if removed is not None and removed.digest() != manifest.digest():
+        raise ConflictError(
+            f"{final}: comes out with other bytes than it had when it was removed: compress with the version of "
+            "pyarrow it was compiled with, or start another run folder"
+        )
     staging.publish(index, manifest.text())
     return manifest
 
@@ -185,16 +198,14 @@ def _manifest(plan: Plan, inputs: Inputs, identity: str, index: bytes, shards: S
     )
 
 
-def describe(plan: Plan, config: MixtureConfig) -> str:
-    """A plan in words: a line per domain, and the fingerprint of the mixture it leads to."""
-    lines = [f"epoch {plan.epoch}: {plan.samples:,} samples in {plan.shards:,} shards"]
-    for name, domain in plan.domains.items():
-        lines.append(
-            f"  {name}: weight {domain.weight:.4f}, {domain.count:,} samples "
-            f"({domain.count / plan.samples:.4f}), {domain.passes:.2f} passes over {domain.pool_samples:,}"
-        )
-    lines.append(f"  fingerprint {fingerprint(mixture_inputs(plan, layout_of(config)))}")
-    return "\n".join(lines)
+def describe(plan: Plan, config: MixtureConfig) -> Iterator[str]:
+    """A plan in words, with its difference from the epoch before, and the fingerprint of the mixture it leads to."""
+    run = run_folder(config)
+    before, first = (
+        Plan.read(run.plan(epoch), "") if run.plan(epoch).exists() else None for epoch in (plan.epoch - 1, 1)
+    )
+    yield from overview(plan, before, first if plan.epoch > 1 else plan)
+    yield f"fingerprint {fingerprint(mixture_inputs(plan, layout_of(config)))}"
 
 
 def summarise(manifest: Manifest, folder: Path, *, fresh: bool) -> str:
@@ -220,7 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = config.load(options.config, options.run)
         if options.dry_run:
-            print(describe(planned(settings, options.epoch, open_pools(settings)), settings))
+            for line in describe(planned(settings, options.epoch, open_pools(settings)), settings):
+                print(line)
             return 0
         manifest, fresh = compile_epoch(settings, options.epoch, options.workers)
         print(summarise(manifest, run_folder(settings).mixture(options.epoch), fresh=fresh))

@@ -28,7 +28,6 @@ from vtmix.artifacts import (
 from vtmix.compile import compile_epoch, open_pools
 from vtmix.errors import ConflictError, MissingError, listing
 from vtmix.settings import DETECTING, REFERENCING, MixtureConfig
-from vtmix.staging import MANIFEST
 from vtmix.verify import require_intact
 from vtmix.weights import check_losses, first_weights, next_weights
 
@@ -206,7 +205,7 @@ def _commit_losses(config: MixtureConfig, epoch: int, domains: Mapping[str, Doma
     pools = open_pools(config)
     remedy = f"compile epoch {epoch} and train on it first"
     inputs: Inputs = {
-        "mixture": Manifest.read(run.mixture(epoch) / MANIFEST, remedy).digest() if epoch else None,
+        "mixture": Manifest.read(run.manifest(epoch), remedy).digest() if epoch else None,
         "eval_samples": config.training.eval_samples,
         "eval_splits": {name: pool.manifest.eval.digest for name, pool in pools.items()},
     }

@@ -273,6 +273,12 @@ class _Split:
     def lefts(self, position: int) -> int:
         return (position * self.left.count + self.phase) // self.count
 
+    def place(self, child: "_Leaf | _Split", rank: int) -> int:
+        """Where the child's item number `rank` (from 0) stands: the inverse of lefts."""
+        if child is self.left:
+            return -(((rank + 1) * self.count - self.phase) // -self.left.count) - 1
+        return (rank * self.count + self.phase) // self.right.count
+
 
 @dataclass(frozen=True)
 class Arrangement:
@@ -355,6 +361,20 @@ class Arrangement:
                 stack += [(node.left, left), (node.right, place - left)]
         return counts
 
+    def position(self, domain: int, rank: int) -> int:
+        """Where in the epoch a domain's sample number `rank` (from 0) stands: the inverse of `stretch`."""
+        path: list[tuple[_Split, _Leaf | _Split]] = []
+        stack: list[tuple[_Leaf | _Split, list[tuple[_Split, _Leaf | _Split]]]] = [(self._tree, [])]
+        while stack:
+            node, above = stack.pop()
+            if isinstance(node, _Split):
+                stack += [(child, [*above, (node, child)]) for child in (node.left, node.right)]
+            elif node.domain == domain:
+                path = above
+        for node, child in reversed(path):
+            rank = node.place(child, rank)
+        return rank
+
     def stretch(self, start: int, stop: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """The domain at each position of [start, stop), and the how-manieth of its domain in the epoch it is."""
         domains = np.empty(stop - start, np.int32)
@@ -385,3 +405,9 @@ def shard_bounds(plan: Plan) -> Sequence[tuple[int, int]]:
     """The stretch of the epoch each shard holds: equal to ±1 sample."""
     edges = [number * plan.samples // plan.shards for number in range(plan.shards + 1)]
     return list(itertools.pairwise(edges))
+
+
+def shard_of(plan: Plan, position: int) -> tuple[int, int]:
+    """The shard that holds a position of the epoch, and the place within it: the inverse of shard_bounds."""
+    number = ((position + 1) * plan.shards - 1) // plan.samples
+    return number, position - number * plan.samples // plan.shards

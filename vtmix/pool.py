@@ -158,6 +158,14 @@ class Pool:
             for value in table["mds"]:
                 yield mds.decode_sample(value.as_buffer().to_pybytes())
 
+    def find(self, sample_id: str) -> int | None:
+        """The place of a sample in pool order, None when the pool does not hold it."""
+        for number in range(len(self.manifest.parts)):
+            place: int = self.part(number)["sample_id"].index(sample_id).as_py()
+            if place >= 0:
+                return place + (int(self._ends[number - 1]) if number else 0)
+        return None
+
     def sample_ids(self) -> Iterator[str]:
         """Every sample id in pool order."""
         for number in range(len(self.manifest.parts)):

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from vtmix import commit, mds
-
-MANIFEST = "manifest.json"
+from vtmix.artifacts import MANIFEST
 
 
 class Staging(Protocol):

@@ -17,12 +17,11 @@ import numpy as np
 
 from vtmix import compile as compiler
 from vtmix import distribute, mds
-from vtmix.artifacts import Manifest, MixtureFile, Plan, fingerprint
+from vtmix.artifacts import MANIFEST, Manifest, MixtureFile, Plan, fingerprint
 from vtmix.errors import DamageError, VtmixError, listing
 from vtmix.plan import shard_bounds
 from vtmix.pool import Pool
 from vtmix.shards import ShardWriter, size_of
-from vtmix.staging import MANIFEST
 
 EPOCH_PATTERN = re.compile(r"epoch-([0-9]{4,})")
 

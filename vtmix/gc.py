@@ -1,0 +1,68 @@
+"""Removes mixtures that training has left behind. A removed epoch keeps its manifest, and can be compiled again.
+
+Kept are the mixtures of every checkpoint, of the epoch that is being trained, and whatever comes after it. Removal is
+one rename out of sight, after the manifest was committed beside the mixture's place: an epoch is there whole, or not.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vtmix import checkpoints, commit
+from vtmix.artifacts import MANIFEST, Manifest, RunFolder, run_folder
+from vtmix.settings import MixtureConfig
+
+REMOVED_PREFIX = ".removed-"
+
+
+@dataclass(frozen=True)
+class Removable:
+    """A mixture that nothing needs any more."""
+
+    epoch: int
+    folder: Path
+    bytes: int
+
+
+def collect(config: MixtureConfig, say: Callable[[str], None], *, dry_run: bool = False) -> int:
+    """Removes what nothing needs, telling it line by line; returns the bytes that were, or would be, freed.
+
+    Raises LockedError while a compile is at work in the run folder.
+    """
+    run = run_folder(config)
+    if not run.path.is_dir():
+        return 0
+    freed = 0
+    with commit.lock(run.path, "compile"):
+        for found in removable(run, config.epochs):
+            say(f"epoch {found.epoch}: {found.bytes / 2**20:,.1f} MiB in {found.folder}")
+            freed += found.bytes
+            if not dry_run:
+                _remove(run, found)
+        if not dry_run:
+            _sweep(run)
+    return freed
+
+
+def removable(run: RunFolder, epochs: int) -> Iterator[Removable]:
+    """The mixtures that no checkpoint and no epoch to come needs, oldest first."""
+    needed = set(checkpoints.epochs(run.checkpoints))
+    for epoch in range(1, epochs + 1):
+        folder = run.mixture(epoch)
+        trained = run.losses(epoch).exists()
+        if trained and epoch not in needed and (folder / MANIFEST).exists():
+            manifest = Manifest.read(folder / MANIFEST, "")
+            yield Removable(epoch, folder, sum(file.bytes for file in manifest.files))
+
+
+def _remove(run: RunFolder, found: Removable) -> None:
+    commit.publish_file(run.kept_manifest(found.epoch), (found.folder / MANIFEST).read_bytes())
+    found.folder.rename(found.folder.with_name(REMOVED_PREFIX + found.folder.name))
+    commit.flush_folder(found.folder.parent)
+
+
+def _sweep(run: RunFolder) -> None:
+    """Deletes what was removed, now or by a run that was ended meanwhile."""
+    for path in run.mixture(1).parent.glob(f"{REMOVED_PREFIX}*"):
+        shutil.rmtree(path)
