@@ -11,10 +11,9 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from vtmix import mds
+from vtmix import mds, pool
 from vtmix.artifacts import EvalSplit, PoolManifest, PoolPart, Weights, run_folder
 from vtmix.config import load
-from vtmix.pool import PART_SCHEMA
 from vtmix.settings import MixtureConfig
 
 SIZES = {"law": 90, "medicine": 40, "code": 25}
@@ -42,10 +41,10 @@ def write_pool(folder: Path, domain: str, content: list[mds.Sample], parts: int 
     for number, (start, stop) in enumerate(pairwise(edges)):
         path = folder / f"part-{number:05d}.arrow"
         columns = [[sample["sample_id"] for sample in content], tokens, response_tokens, encoded]
-        table = pa.table([column[start:stop] for column in columns], schema=PART_SCHEMA)
-        with pa.ipc.new_file(str(path), PART_SCHEMA) as writer:
-            writer.write_table(table)
-        data = path.read_bytes()
+        table = pa.table([column[start:stop] for column in columns], schema=pool.PART_SCHEMA)
+        size = sum(map(len, encoded[start:stop]))
+        data = pool.ipc_bytes(table, pool.batch_rows(stop - start, size))
+        path.write_bytes(data)
         digest = hashlib.sha256(data).hexdigest()
         written.append(
             PoolPart(
@@ -53,7 +52,7 @@ def write_pool(folder: Path, domain: str, content: list[mds.Sample], parts: int 
                 samples=stop - start,
                 tokens=sum(tokens[start:stop]),
                 response_tokens=sum(response_tokens[start:stop]),
-                sample_bytes=sum(map(len, encoded[start:stop])),
+                sample_bytes=size,
                 bytes=len(data),
                 sha256=digest,
             )

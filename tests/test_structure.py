@@ -21,7 +21,7 @@ LAYERS = [
     {"settings"},
     {"config", "commit", "progress", "distribute", "environments", "engine", "published", "forecast"},
     {"artifacts"},
-    {"mds", "records", "sources", "samples", "cluster"},
+    {"mds", "records", "sources", "samples", "cluster", "stores"},
     {
         "encode",
         "weights",

@@ -167,7 +167,7 @@ def test_a_folder_of_another_epoch_is_refused(config):
     run = run_folder(config)
     shutil.rmtree(run.mixture(2))
     run.mixture(1).rename(run.mixture(2))
-    with pytest.raises(DamageError, match="it is the manifest of epoch 1, which does not belong into epoch-0002"):
+    with pytest.raises(DamageError, match="it is the manifest of epoch 1, which does not belong to epoch 2"):
         loop.mixture(config, 2)
 
 

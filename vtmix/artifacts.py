@@ -49,6 +49,14 @@ class Artefact(Model):
             raw = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise MissingError(f"{_what(path)} not found ({path}): {remedy}") from None
+        return cls.decode(raw, str(path))
+
+    @classmethod
+    def decode(cls, raw: bytes, where: str) -> Self:
+        """The artefact that a file's content describes.
+
+        Raises DamageError, naming `where` it stood, when it does not validate.
+        """
         try:
             return cls.model_validate_json(raw)
         except ValidationError as error:
@@ -56,7 +64,7 @@ class Artefact(Model):
                 f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']} (found {_shorten(item['input'])})"
                 for item in error.errors()
             )
-            raise DamageError(f"{path} is not a valid {cls.__name__.lower()}:\n  {listing(lines)}") from None
+            raise DamageError(f"{where} is not a valid {cls.__name__.lower()}:\n  {listing(lines)}") from None
 
     def publish(self, path: Path) -> bool:
         """Commits the artefact; False when it was committed before."""
@@ -70,16 +78,22 @@ class Artefact(Model):
         """
         if not path.exists():
             return None
-        found = cls.read(path, "")
-        if found.inputs is None:
-            return found
-        changed = compare(found.inputs, inputs)
+        return cls.read(path, "").require(inputs, str(path))
+
+    def require(self, inputs: Inputs, where: str) -> Self:
+        """This artefact, if it was made from `inputs` or by hand.
+
+        Raises ConflictError naming every input that differs.
+        """
+        if self.inputs is None:
+            return self
+        changed = compare(self.inputs, inputs)
         if changed:
             raise ConflictError(
-                f"{path} was made from other inputs, and committed files never change:\n  {listing(changed)}\n"
+                f"{where} was made from other inputs, and committed files never change:\n  {listing(changed)}\n"
                 f"restore what changed, or start another run folder"
             )
-        return found
+        return self
 
 
 def fingerprint(content: Any) -> str:
@@ -399,6 +413,10 @@ class RunFolder:
 
     def kept_manifest(self, epoch: int) -> Path:
         return self.path / "mixture" / f"epoch-{epoch:04d}.json"
+
+    def cache(self, digest: str) -> Path:
+        """Where the mixture of a manifest's digest is fetched to from a store: never taken for that of another one."""
+        return self.path / "cache" / digest[:16]
 
     @property
     def checkpoints(self) -> Path:

@@ -217,7 +217,7 @@ def compile_(
     ] = False,
 ) -> None:
     """Write an epoch's mixture as MDS shards (also `python -m vtmix.compile`)."""
-    from vtmix.compile import compile_epoch, describe, open_pools, planned, summarise
+    from vtmix.compile import compile_epoch, describe, open_pools, planned, store_of, summarise
 
     settings, folder = load(config, run)
     if dry_run:
@@ -225,27 +225,37 @@ def compile_(
             say(line)
         return
     manifest, fresh = compile_epoch(settings, epoch, workers)
-    say(summarise(manifest, folder.mixture(epoch), fresh=fresh))
+    store = store_of(settings, epoch)
+    say(summarise(manifest, store.url if store else str(folder.mixture(epoch)), fresh=fresh))
 
 
 @app.command()
 def verify(epoch: Epoch, config: Config = None, run: Run = None) -> None:
     """Hold every byte of a mixture against its manifest; names damaged files and samples."""
-    from vtmix.compile import open_pools
+    from vtmix.artifacts import Manifest
+    from vtmix.compile import open_pools, store_of
     from vtmix.errors import DamageError
+    from vtmix.verify import require_sound, verify_store
     from vtmix.verify import verify as find_damage
 
     settings, folder = load(config, run)
-    try:
-        pools = open_pools(settings)
-    except (MissingError, DamageError):
-        pools = None  # damaged files are still named, their samples are not
-    found = find_damage(folder.mixture(epoch), pools)
+    store = store_of(settings, epoch)
+    where = store.url if store else str(folder.mixture(epoch))
+    if store is not None:
+        manifest = Manifest.read(folder.manifest(epoch), f"compile it with `python -m vtmix.compile --epoch {epoch}`")
+        require_sound(manifest, folder.manifest(epoch), epoch)
+        found = verify_store(store, manifest)
+    else:
+        try:
+            pools = open_pools(settings)
+        except (MissingError, DamageError):
+            pools = None  # damaged files are still named, their samples are not
+        found = find_damage(folder.mixture(epoch), pools)
     for line in found:
         say(line)
     if found:
-        raise DamageError(f"{folder.mixture(epoch)} is damaged: move it away and compile the epoch again")
-    say(f"intact: {folder.mixture(epoch)}")
+        raise DamageError(f"{where} is damaged: move it away and compile the epoch again")
+    say(f"intact: {where}")
 
 
 @app.command()

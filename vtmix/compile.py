@@ -18,6 +18,7 @@ from vtmix.artifacts import (
     Manifest,
     MixtureFile,
     Plan,
+    RunFolder,
     Weights,
     fingerprint,
     run_folder,
@@ -25,10 +26,11 @@ from vtmix.artifacts import (
 from vtmix.errors import ConflictError, MixtureError, VtmixError
 from vtmix.overview import overview
 from vtmix.plan import make_plan
-from vtmix.pool import Pool, open_pool
+from vtmix.pool import Pool, open_pool, pool_store
 from vtmix.settings import MixtureConfig
 from vtmix.shards import ShardReport, ShardWriter, settle
-from vtmix.staging import FolderStaging, Staging
+from vtmix.staging import FolderStaging, Staging, StoreStaging
+from vtmix.stores import Store
 
 FORMAT = "mds-2"
 
@@ -36,7 +38,7 @@ FORMAT = "mds-2"
 def open_pools(config: MixtureConfig) -> dict[str, Pool]:
     """The committed pool of every domain."""
     run = run_folder(config)
-    return {name: open_pool(run.pool(name)) for name in config.domains}
+    return {name: open_pool(run.pool(name), pool_store(config, name)) for name in config.domains}
 
 
 def planned(config: MixtureConfig, epoch: int, pools: Mapping[str, Pool]) -> Plan:
@@ -113,45 +115,59 @@ def compile_epoch(config: MixtureConfig, epoch: int, workers: int | None = None)
     # Planned before the lock is taken, which makes a file: what is refused here leaves no trace.
     pools = open_pools(config)
     plan = planned(config, epoch, pools)
-    run = run_folder(config)
-    final = run.mixture(epoch)
-    layout = layout_of(config)
+    run, layout, store = run_folder(config), layout_of(config), store_of(config, epoch)
     inputs = mixture_inputs(plan, layout)
-    if run.plan(epoch).exists() and (committed := _committed(final, inputs)):
+    if run.plan(epoch).exists() and (committed := _committed(run, epoch, store, inputs)):
         return committed, False
     with commit.lock(run.path, "compile"):
         commit_plan(config, plan)
-        if committed := _committed(final, inputs):
+        if committed := _committed(run, epoch, store, inputs):
             return committed, False
         removed = Manifest.committed(run.kept_manifest(epoch), inputs)
-        manifest = _compile(ShardWriter(plan, pools, layout), inputs, final, workers, removed)
-        run.kept_manifest(epoch).unlink(missing_ok=True)
-        return manifest, True
+        writer, identity = ShardWriter(plan, pools, layout), fingerprint(inputs)
+        final = run.mixture(epoch)
+        staging = StoreStaging(store, final, identity) if store else FolderStaging(final, identity)
+        shards = _write_shards(writer, staging, workers)
+        index = layout.index([shard.size for shard in shards])
+        manifest = _manifest(plan, inputs, identity, index, shards)
+        if removed is not None and removed.digest() != manifest.digest():
+            raise ConflictError(
+                f"epoch {epoch} comes out with other bytes than it had when it was removed: compress with the version "
+                "of pyarrow it was compiled with, or start another run folder"
+            )
+        staging.publish(index, manifest.text())
+        _keep(run, manifest, store)
+    return manifest, True
 
 
-def _committed(final: Path, inputs: Inputs) -> Manifest | None:
-    found = Manifest.committed(final / MANIFEST, inputs)
-    if found is None and final.exists():
+def store_of(config: MixtureConfig, epoch: int) -> Store | None:
+    """Where an epoch's mixture stands in a store; None where it stands in the run folder."""
+    store = config.mixture.store
+    return Store(store).below(run_folder(config).mixture(epoch).name) if store else None
+
+
+def _committed(run: RunFolder, epoch: int, store: Store | None, inputs: Inputs) -> Manifest | None:
+    """Raises ConflictError when another mixture stands there, or something that is none."""
+    if store is not None:
+        content = store.read(MANIFEST)
+        if content is None:
+            return None
+        found = Manifest.decode(content, f"{store.url}/{MANIFEST}").require(inputs, f"{store.url}/{MANIFEST}")
+        _keep(run, found, store)
+        return found
+    final = run.mixture(epoch)
+    committed = Manifest.committed(final / MANIFEST, inputs)
+    if committed is None and final.exists():
         raise ConflictError(f"{final}: exists without {MANIFEST}, so vtmix did not write it: move it away")
-    return found
+    return committed
 
 
-def _compile(
-    writer: ShardWriter, inputs: Inputs, final: Path, workers: int | None, removed: Manifest | None
-) -> Manifest:
-    """Writes a mixture; one that was removed before has to come out with the bytes it had."""
-    identity = fingerprint(inputs)
-    staging = FolderStaging(final, identity)
-    shards = _write_shards(writer, staging, workers)
-    index = writer.layout.index([shard.size for shard in shards])
-    manifest = _manifest(writer.plan, inputs, identity, index, shards)
-    if removed is not None and removed.digest() != manifest.digest():
-        raise ConflictError(
-            f"{final}: comes out with other bytes than it had when it was removed: compress with the version of "
-            "pyarrow it was compiled with, or start another run folder"
-        )
-    staging.publish(index, manifest.text())
-    return manifest
+def _keep(run: RunFolder, manifest: Manifest, store: Store | None) -> None:
+    """The run folder holds every manifest once: within the mixture, or beside its place where that is elsewhere."""
+    if store is None:
+        run.kept_manifest(manifest.epoch).unlink(missing_ok=True)
+    else:
+        manifest.publish(run.kept_manifest(manifest.epoch))
 
 
 def _write_shards(writer: ShardWriter, staging: Staging, workers: int | None) -> list[ShardReport]:
@@ -208,11 +224,11 @@ def describe(plan: Plan, config: MixtureConfig) -> Iterator[str]:
     yield f"fingerprint {fingerprint(mixture_inputs(plan, layout_of(config)))}"
 
 
-def summarise(manifest: Manifest, folder: Path, *, fresh: bool) -> str:
+def summarise(manifest: Manifest, where: str, *, fresh: bool) -> str:
     """What a compile did, in one line."""
     size = f"{manifest.samples:,} samples, {manifest.tokens:,} tokens, {manifest.bytes / 2**20:.1f} MiB"
     state = "committed" if fresh else "up to date"
-    return f"{state}: {folder} ({size} in {len(manifest.files) - 1} shards)"
+    return f"{state}: {where} ({size} in {len(manifest.files) - 1} shards)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -235,7 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(line)
             return 0
         manifest, fresh = compile_epoch(settings, options.epoch, options.workers)
-        print(summarise(manifest, run_folder(settings).mixture(options.epoch), fresh=fresh))
+        store = store_of(settings, options.epoch)
+        where = store.url if store else str(run_folder(settings).mixture(options.epoch))
+        print(summarise(manifest, where, fresh=fresh))
     except VtmixError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -22,6 +22,7 @@ EXECUTION_ONLY = frozenset(
     {
         "run",
         "pool.folder",
+        "pool.store",
         "detection.device",
         "detection.engine.arguments",
         "detection.engine.python",
@@ -35,6 +36,7 @@ EXECUTION_ONLY = frozenset(
         "detection.classifier.key",
         "detection.generate",
         "detection.classify",
+        "mixture.store",
         "reference.device",
         "reference.resources",
         "training.microbatch_size",

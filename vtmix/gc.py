@@ -1,4 +1,5 @@
-"""Removes mixtures that training has left behind. A removed epoch keeps its manifest, and can be compiled again.
+"""Removes mixtures that training has left behind. A removed epoch keeps its manifest, and can be compiled again; of one
+in a store, what was fetched from there is removed.
 
 Kept are the mixtures of every checkpoint, of the epoch that is being trained, and whatever comes after it. Removal is
 one rename out of sight, after the manifest was committed beside the mixture's place: an epoch is there whole, or not.
@@ -49,11 +50,12 @@ def removable(run: RunFolder, epochs: int) -> Iterator[Removable]:
     """The mixtures that no checkpoint and no epoch to come needs, oldest first."""
     needed = set(checkpoints.epochs(run.checkpoints))
     for epoch in range(1, epochs + 1):
-        folder = run.mixture(epoch)
-        trained = run.losses(epoch).exists()
-        if trained and epoch not in needed and (folder / MANIFEST).exists():
-            manifest = Manifest.read(folder / MANIFEST, "")
-            yield Removable(epoch, folder, sum(file.bytes for file in manifest.files))
+        if epoch in needed or not run.losses(epoch).exists() or not run.manifest(epoch).exists():
+            continue
+        manifest = Manifest.read(run.manifest(epoch), "")
+        for folder in (run.mixture(epoch), run.cache(manifest.digest())):
+            if (folder / MANIFEST).exists():
+                yield Removable(epoch, folder, sum(file.bytes for file in manifest.files))
 
 
 def _remove(run: RunFolder, found: Removable) -> None:
@@ -64,5 +66,6 @@ def _remove(run: RunFolder, found: Removable) -> None:
 
 def _sweep(run: RunFolder) -> None:
     """Deletes what was removed, now or by a run that was ended meanwhile."""
-    for path in run.mixture(1).parent.glob(f"{REMOVED_PREFIX}*"):
-        shutil.rmtree(path)
+    for folder in (run.mixture(1).parent, run.cache("").parent):
+        for path in folder.glob(f"{REMOVED_PREFIX}*"):
+            shutil.rmtree(path)

@@ -25,10 +25,11 @@ from vtmix.artifacts import (
     Weights,
     run_folder,
 )
-from vtmix.compile import compile_epoch, open_pools
+from vtmix.compile import compile_epoch, open_pools, store_of
 from vtmix.errors import ConflictError, MissingError, listing
 from vtmix.settings import DETECTING, REFERENCING, MixtureConfig
-from vtmix.verify import require_intact
+from vtmix.stores import fetch
+from vtmix.verify import require_intact, require_sound
 from vtmix.weights import check_losses, first_weights, next_weights
 
 
@@ -70,11 +71,17 @@ def advance(config: MixtureConfig, epoch: int, losses: Mapping[str, DomainLoss])
 
 
 def mixture(config: MixtureConfig, epoch: int) -> Mixture:
-    """A committed mixture, every byte of which was held against its manifest.
+    """A committed mixture, every byte of which was held against its manifest; one in a store is fetched before.
 
     Raises MissingError when it does not exist, DamageError naming the files that changed.
     """
-    folder = run_folder(config).mixture(epoch)
+    run, store = run_folder(config), store_of(config, epoch)
+    folder = run.mixture(epoch)
+    if store is not None:
+        path = run.manifest(epoch)
+        kept = Manifest.read(path, f"compile it with `python -m vtmix.compile --epoch {epoch}`")
+        require_sound(kept, path, epoch)
+        folder = fetch(store, kept, run.cache(kept.digest()))
     manifest = require_intact(folder)
     return Mixture(epoch, folder, manifest, manifest.digest())
 

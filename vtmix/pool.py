@@ -9,25 +9,31 @@ built it (pooling.py), and new data leaves the relative order of the rest alone.
     pool/<domain>/eval/                 the held-out split, as MDS
 """
 
+import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from vtmix import mds
-from vtmix.artifacts import PoolManifest
-from vtmix.errors import DamageError
+from vtmix import commit, mds
+from vtmix.artifacts import PoolManifest, PoolPart
+from vtmix.errors import ConflictError, DamageError
+from vtmix.settings import MixtureConfig
+from vtmix.stores import Store
 
 PART_SCHEMA = pa.schema(
     {"sample_id": pa.string(), "tokens": pa.int32(), "response_tokens": pa.int32(), "mds": pa.large_binary()}
 )
 
+POOL = "pool.json"
+EVAL_FILE = re.compile(r"eval/(index\.json|shard\.[0-9]{5,}\.mds)")
 Measure = Literal["tokens", "response_tokens", "sample_bytes"]
+BATCH_BYTES = 1 << 20
 REMEMBERED = 4
 """Parts whose running sums are kept at hand."""
 
@@ -37,13 +43,18 @@ def read_ipc(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def ipc_bytes(table: pa.Table) -> bytes:
-    """The content of an Arrow file."""
+def ipc_bytes(table: pa.Table, rows: int | None = None) -> bytes:
+    """The content of an Arrow file, in record batches of so many rows (None: one)."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
+        writer.write_table(table, max_chunksize=rows)
     data: bytes = sink.getvalue().to_pybytes()
     return data
+
+
+def batch_rows(samples: int, sample_bytes: int) -> int:
+    """Rows of a part's record batches, which are what is read from a store: about BATCH_BYTES of samples."""
+    return max(1, samples * BATCH_BYTES // max(sample_bytes, 1))
 
 
 def numbers(chunks: Iterable[pa.Array]) -> npt.NDArray[np.int64]:
@@ -68,11 +79,15 @@ class Slice:
 
 
 class Pool:
-    """A committed pool, read by windows of the endless repetition of its order."""
+    """A committed pool, read by windows of the endless repetition of its order.
 
-    def __init__(self, folder: Path, manifest: PoolManifest) -> None:
+    Parts are read from its folder, or by range from its place in a store where the folder does not hold them.
+    """
+
+    def __init__(self, folder: Path, manifest: PoolManifest, store: Store | None = None) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._store = store
         self._ends = np.cumsum([part.samples for part in manifest.parts], dtype=np.int64)
         self._sums: OrderedDict[tuple[int, Measure], npt.NDArray[np.int64]] = OrderedDict()
 
@@ -87,27 +102,48 @@ class Pool:
             yield Slice(part, place - first, place - first + taken)
             position, count = position + taken, count - taken
 
-    def part(self, number: int) -> pa.Table:
-        """One part, memory-mapped: PART_SCHEMA.
+    def rows(self, rows: Slice, columns: Sequence[str] = PART_SCHEMA.names) -> pa.Table:
+        """Rows of one part: columns of PART_SCHEMA; memory-mapped from a folder, or downloaded from a store.
 
-        Raises DamageError when it is not the file that pool.json says.
+        Raises DamageError when the part is not the file that pool.json says.
         """
-        meta = self.manifest.parts[number]
+        meta = self.manifest.parts[rows.part]
         path = self.folder / meta.name
+        size = path.stat().st_size if path.exists() else None
+        where = str(path)
         try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            raise DamageError(f"{path} is missing, though {self.folder.name}/pool.json lists it") from None
-        if size != meta.bytes:
-            raise DamageError(f"{path} has {size:,} bytes, pool.json says {meta.bytes:,}")
-        try:
-            return read_ipc(path)
-        except pa.ArrowException as error:
-            raise DamageError(f"{path}: not readable as Arrow ({error}): build the pool again") from None
+            if size is None and self._store is not None:
+                where = f"{self._store.url}/{meta.name}"
+                return self._downloaded(meta, rows, columns)
+            if size == meta.bytes:
+                table = read_ipc(path).select(columns)
+                return table.slice(rows.start, rows.stop - rows.start)
+        except (pa.ArrowException, ValueError) as error:
+            raise DamageError(f"{where}: not readable as Arrow ({error}): build the pool again") from None
+        if size is None:
+            raise DamageError(f"{path} is missing, though {self.folder.name}/pool.json lists it")
+        raise DamageError(f"{path} has {size:,} bytes, pool.json says {meta.bytes:,}")
 
-    def window(self, position: int, count: int) -> list[pa.Table]:
+    def _downloaded(self, meta: PoolPart, rows: Slice, columns: Sequence[str]) -> pa.Table:
+        """Rows of a part in a store: only the record batches that hold them, only the columns asked for."""
+        store = cast(Store, self._store)
+        options = pa.ipc.IpcReadOptions(included_fields=sorted(PART_SCHEMA.get_field_index(name) for name in columns))
+        with store.open(meta.name) as file:
+            if file.size() != meta.bytes:
+                raise DamageError(f"{store.url}/{meta.name} has {file.size():,} bytes, pool.json says {meta.bytes:,}")
+            reader = pa.ipc.open_file(file, options=options)
+            per_batch = batch_rows(meta.samples, meta.sample_bytes)
+            first, last = rows.start // per_batch, -(-rows.stop // per_batch)
+            table = pa.Table.from_batches([reader.get_batch(number) for number in range(first, last)], reader.schema)
+            return table.select(columns).slice(rows.start - first * per_batch, rows.stop - rows.start)
+
+    def part(self, number: int, columns: Sequence[str] = PART_SCHEMA.names) -> pa.Table:
+        """One whole part: columns of PART_SCHEMA."""
+        return self.rows(Slice(number, 0, self.manifest.parts[number].samples), columns)
+
+    def window(self, position: int, count: int, columns: Sequence[str] = PART_SCHEMA.names) -> list[pa.Table]:
         """The tables whose rows, one after the other, are the samples of a window."""
-        return [self.part(s.part).slice(s.start, s.stop - s.start) for s in self.slices(position, count)]
+        return [self.rows(found, columns) for found in self.slices(position, count)]
 
     def measured(self, position: int, count: int, measure: Measure) -> int:
         """The tokens, response tokens or bytes of a window. It is read at its two ends only, however long it is."""
@@ -143,8 +179,8 @@ class Pool:
         """Running sums within a part, from 0 on: one more than it has samples."""
         found = self._sums.pop((part, measure), None)
         if found is None:
-            table = self.part(part)
-            chunks = table["mds" if measure == "sample_bytes" else measure].chunks
+            column = "mds" if measure == "sample_bytes" else measure
+            chunks = self.part(part, [column])[column].chunks
             values = byte_lengths(chunks) if measure == "sample_bytes" else numbers(chunks)
             found = np.concatenate([[0], np.cumsum(values)])
         self._sums[part, measure] = found
@@ -154,14 +190,14 @@ class Pool:
 
     def samples(self, position: int, count: int) -> Iterator[mds.Sample]:
         """The decoded samples of a window."""
-        for table in self.window(position, count):
+        for table in self.window(position, count, ["mds"]):
             for value in table["mds"]:
                 yield mds.decode_sample(value.as_buffer().to_pybytes())
 
     def find(self, sample_id: str) -> int | None:
         """The place of a sample in pool order, None when the pool does not hold it."""
         for number in range(len(self.manifest.parts)):
-            place: int = self.part(number)["sample_id"].index(sample_id).as_py()
+            place: int = self.part(number, ["sample_id"])["sample_id"].index(sample_id).as_py()
             if place >= 0:
                 return place + (int(self._ends[number - 1]) if number else 0)
         return None
@@ -169,16 +205,54 @@ class Pool:
     def sample_ids(self) -> Iterator[str]:
         """Every sample id in pool order."""
         for number in range(len(self.manifest.parts)):
-            yield from self.part(number)["sample_id"].to_pylist()
+            yield from self.part(number, ["sample_id"])["sample_id"].to_pylist()
 
 
-def open_pool(folder: Path) -> Pool:
-    """The pool in a folder.
+def open_pool(folder: Path, store: Store | None = None) -> Pool:
+    """The pool in a folder, and in a store where one is named: then the folder mirrors all of it but the parts.
 
     Raises MissingError when there is none.
     """
+    if store is not None:
+        mirror(store, folder)
     remedy = "run `vtmix pool` first"
-    return Pool(folder, PoolManifest.read(folder / "pool.json", remedy))
+    return Pool(folder, PoolManifest.read(folder / POOL, remedy), store)
+
+
+def pool_store(config: MixtureConfig, domain: str) -> Store | None:
+    """Where a domain's pool stands in a store; None where there is none."""
+    return Store(config.pool.store).below(domain) if config.pool.store else None
+
+
+def mirror(store: Store, folder: Path) -> None:
+    """Downloads what is small of a pool in a store, its manifest last; does nothing where it is there already."""
+    content = None if (folder / POOL).exists() else store.read(POOL)
+    if content is None:
+        return
+    PoolManifest.decode(content, f"{store.url}/{POOL}")
+    for name in store.names():
+        if name == "texts.parquet" or EVAL_FILE.fullmatch(name):
+            commit.make_folder((folder / name).parent)
+            store.download(name, folder / name)
+    commit.publish_file(folder / POOL, content)
+
+
+def push(folder: Path, store: Store) -> None:
+    """Uploads a pool, its manifest last; does nothing where it is there already.
+
+    Raises ConflictError when another pool stands there.
+    """
+    content, found = (folder / POOL).read_bytes(), store.read(POOL)
+    if found == content:
+        return
+    if found is not None:
+        raise ConflictError(
+            f"{store.url} holds a pool that was made from other inputs than {folder}: name another pool.store, or "
+            "remove one of them"
+        )
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != POOL):
+        store.upload(path, path.relative_to(folder).as_posix())
+    store.put(POOL, content)
 
 
 def texts(folder: Path) -> list[str]:

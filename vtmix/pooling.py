@@ -17,10 +17,11 @@ from vtmix.artifacts import Inputs, PoolManifest, fingerprint, run_folder
 from vtmix.encode import load_tokenizer, tokenizer_digest
 from vtmix.errors import LeakError, RecordError, listing
 from vtmix.parts import EncodeTask, Encodings, encode_part
-from vtmix.pool import open_pool
+from vtmix.pool import mirror, open_pool, pool_store, push
 from vtmix.reduce import EncodedDomain, write_pool
 from vtmix.settings import LanguageModel, MixtureConfig
 from vtmix.sources import SourceParts, open_source
+from vtmix.stores import Store
 
 WORKER_BYTES = 16 << 20
 """Text from which on another worker process is worth its start: seconds of imports, and the tokenizer itself uses every
@@ -68,18 +69,23 @@ def build(
     from other inputs; then nothing is published.
     """
     folder = folder or run_folder(config).pools
+    stores = {} if model else {name: store for name in config.domains if (store := pool_store(config, name))}
     with commit.lock(folder, "pool"):
+        for name, store in stores.items():
+            mirror(store, folder / name)
         pools, buildings = _outstanding(config, folder, model or config.model)
         if buildings:
             encodings = _encode_all(buildings, backend, workers)
             _refuse_bad_records(encodings, config)
             encoded = {building.domain: EncodedDomain([task.out for task in building.tasks]) for building in buildings}
-            leaks = _leaks(encoded, pools, folder)
+            leaks = _leaks(encoded, pools, folder, stores)
             _refuse_leaks(leaks, pools, config)
             for building in buildings:
                 mine = [found for found in encodings if found.task.domain == building.domain]
                 dropped = [leak.sample_id for leak in leaks if leak.domain == building.domain]
                 pools[building.domain] = _reduce(building, mine, encoded.pop(building.domain), dropped, config)
+        for name, store in stores.items():
+            push(folder / name, store)
     return {name: pools[name] for name in config.domains}
 
 
@@ -177,7 +183,9 @@ def _refuse_bad_records(encodings: Sequence[Encodings], config: MixtureConfig) -
         )
 
 
-def _leaks(encoded: Mapping[str, EncodedDomain], pools: Mapping[str, PoolManifest], folder: Path) -> list[_Leak]:
+def _leaks(
+    encoded: Mapping[str, EncodedDomain], pools: Mapping[str, PoolManifest], folder: Path, stores: Mapping[str, Store]
+) -> list[_Leak]:
     """Every training sample that also stands in an eval split, unless both were committed before."""
     fresh = {identity: domain for domain, samples in encoded.items() for identity in samples.held_out["sample_id"]}
     committed = {sample["sample_id"]: domain for domain in pools for sample in mds.Samples(folder / domain / "eval")}
@@ -189,7 +197,7 @@ def _leaks(encoded: Mapping[str, EncodedDomain], pools: Mapping[str, PoolManifes
             what = f"{where}: sample {identity} of '{domain}' also stands in the eval split of '{held_out[identity]}'"
             leaks.append(_Leak(domain, identity, what))
     for domain in pools:
-        for identity in open_pool(folder / domain).sample_ids():
+        for identity in open_pool(folder / domain, stores.get(domain)).sample_ids():
             if identity in fresh:
                 what = f"sample {identity} of '{domain}' also stands in the eval split of '{fresh[identity]}'"
                 leaks.append(_Leak(domain, identity, f"{folder / domain}: {what}"))

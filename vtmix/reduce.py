@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from vtmix import commit, mds
 from vtmix.artifacts import EvalSplit, PoolPart
 from vtmix.parts import ENCODED_SCHEMA
-from vtmix.pool import PART_SCHEMA, ipc_bytes, read_ipc
+from vtmix.pool import PART_SCHEMA, batch_rows, ipc_bytes, read_ipc
 
 PART_BYTES = 64 << 20
 EVAL_SHARD_BYTES = 1 << 26
@@ -81,7 +81,8 @@ def _unique(rows: pl.DataFrame) -> pl.DataFrame:
 
 def _write_parts(folder: Path, encoded: EncodedDomain, train: pl.DataFrame) -> Iterator[PoolPart]:
     for number, (start, stop) in enumerate(_stretches(train["bytes"].to_numpy(), PART_BYTES)):
-        data = ipc_bytes(encoded.gather(train[start:stop], PART_SCHEMA))
+        size = int(train["bytes"][start:stop].sum())
+        data = ipc_bytes(encoded.gather(train[start:stop], PART_SCHEMA), batch_rows(stop - start, size))
         name = f"part-{number:05d}.arrow"
         commit.write_staged(folder / name, data)
         yield PoolPart(
@@ -89,7 +90,7 @@ def _write_parts(folder: Path, encoded: EncodedDomain, train: pl.DataFrame) -> I
             samples=stop - start,
             tokens=int(train["tokens"][start:stop].sum()),
             response_tokens=int(train["response_tokens"][start:stop].sum()),
-            sample_bytes=int(train["bytes"][start:stop].sum()),
+            sample_bytes=size,
             bytes=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
         )

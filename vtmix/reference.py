@@ -18,6 +18,7 @@ from vtmix.encode import load_tokenizer, tokenizer_digest
 from vtmix.errors import ConfigError, LossError, MixtureError
 from vtmix.settings import LanguageModel, MixtureConfig
 from vtmix.settings import Reference as Settings
+from vtmix.stores import Store
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ class Job:
 
     domain: str
     folder: Path
+    store: Store | None
     model: str
     revision: str | None
     settings: Settings
@@ -103,7 +105,7 @@ class Trainee:
         self._optimizer = torch.optim.AdamW(
             self._model.parameters(), lr=job.settings.lr, weight_decay=0.0, fused=self._device.type in ("cpu", "cuda")
         )
-        self._pool = pool.open_pool(job.folder)
+        self._pool = pool.open_pool(job.folder, job.store)
 
     def train(self, epoch: int) -> None:
         """Takes one epoch's steps: the samples after those of the epoch before."""
@@ -195,6 +197,7 @@ def _job(config: MixtureConfig, pools: Path, domain: str, manifest: PoolManifest
     return Job(
         domain=domain,
         folder=pools / domain,
+        store=pool.pool_store(config, domain) if pools == run_folder(config).pools else None,
         model=config.model_location(model),
         revision=model.revision,
         settings=config.reference,

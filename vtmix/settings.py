@@ -63,6 +63,9 @@ SourcesField = Annotated[
 ]
 
 
+StoreField = Annotated[str | None, Field(pattern=r"^[a-z][a-z0-9+.-]*://.+")]
+
+
 class Domain(Model):
     """One domain's data. Without `eval`, a share of `train` is held out by hash."""
 
@@ -88,6 +91,10 @@ class Pool(Model):
     """How a domain's records become the pool that every epoch draws from."""
 
     folder: Annotated[str | None, Field(description="a pool folder shared by several runs; default: <run>/pool")] = None
+    store: Annotated[
+        StoreField,
+        Field(description="s3://bucket/pools, gs://…: pools are put there, and their samples read from there by range"),
+    ] = None
     seed: Annotated[int, Field(ge=0, description="fixes pool order and the held-out split")] = 0
     eval_fraction: Annotated[float, Field(gt=0, lt=1, description="held out by hash, where `eval` is absent")] = 0.05
     max_bad_records: Annotated[int, Field(ge=0, description="more rejected records than this stop the build")] = 0
@@ -288,6 +295,9 @@ class Mixture(Model):
     max_passes: Annotated[float | None, Field(gt=0, description="refuse an epoch that repeats a pool more often")] = (
         None
     )
+    store: Annotated[
+        StoreField, Field(description="s3://bucket/mixture, gs://…: epochs are written there, not into the run folder")
+    ] = None
 
 
 class Training(Model):

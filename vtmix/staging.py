@@ -4,12 +4,14 @@ A shard is written, then settled: from then on it lasts, and a compile that was 
 workers write; the one who collects their reports settles.
 """
 
+import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from vtmix import commit, mds
 from vtmix.artifacts import MANIFEST
+from vtmix.stores import Store
 
 
 class Staging(Protocol):
@@ -80,3 +82,43 @@ class FolderStaging:
 
     def _record(self, name: str) -> Path:
         return self._folder / f"{name}.done"
+
+
+class StoreStaging:
+    """A place in an object store, whose shards are no mixture before its manifest is there.
+
+    The records of settled shards stand in a hidden folder on disk, named like that of a local mixture.
+    """
+
+    def __init__(self, store: Store, final: Path, fingerprint: str) -> None:
+        """`final` is where a local mixture would stand. Call it under the lock that guards it."""
+        self._store = store
+        self._folder = commit.staging_folder(final, fingerprint)
+        # With the index that a compile of other inputs left, a reader would take the new shards for the old ones.
+        if store.size(mds.INDEX):
+            store.put(mds.INDEX, b"")
+
+    def record(self, name: str) -> bytes:
+        """Read from the hidden folder."""
+        try:
+            return (self._folder / name).read_bytes()
+        except FileNotFoundError:
+            return b""
+
+    def size(self, name: str) -> int | None:
+        """The size of the object."""
+        return self._store.size(name)
+
+    def write(self, name: str, size: int) -> AbstractContextManager[BinaryIO]:
+        """Uploaded in parts as it is written; it appears when it is complete."""
+        return self._store.write(name)
+
+    def settle(self, name: str, record: bytes) -> None:
+        """Writes the record: an object that is complete lasts."""
+        commit.write_staged(self._folder / name, record, flush=False)
+
+    def publish(self, index: bytes, manifest: bytes) -> None:
+        """Uploads the index, then the manifest."""
+        self._store.put(mds.INDEX, index)
+        self._store.put(MANIFEST, manifest)
+        shutil.rmtree(self._folder)

@@ -22,6 +22,7 @@ from vtmix.errors import DamageError, VtmixError, listing
 from vtmix.plan import shard_bounds
 from vtmix.pool import Pool
 from vtmix.shards import ShardWriter, size_of
+from vtmix.stores import Store
 
 EPOCH_PATTERN = re.compile(r"epoch-([0-9]{4,})")
 
@@ -37,12 +38,17 @@ def open_manifest(folder: Path) -> Manifest:
     if path.exists() and not _is_regular(path):
         raise DamageError(f"{path}: is not a regular file")
     manifest = Manifest.read(path, f"compile it with `python -m vtmix.compile --epoch {epoch or '?'}`")
+    require_sound(manifest, path, epoch)
+    return manifest
+
+
+def require_sound(manifest: Manifest, path: Path, epoch: int | None) -> None:
+    """Raises DamageError unless a manifest is what vtmix writes for an epoch, and its file names are safe to open."""
     odd = list(_contradictions(manifest))
     if epoch is not None and manifest.epoch != epoch:
-        odd.append(f"it is the manifest of epoch {manifest.epoch}, which does not belong into {folder.name}")
+        odd.append(f"it is the manifest of epoch {manifest.epoch}, which does not belong to epoch {epoch}")
     if odd:
         raise DamageError(f"{path}: {listing(odd)}")
-    return manifest
 
 
 def _is_regular(path: Path) -> bool:
@@ -141,6 +147,23 @@ def require_intact(folder: Path) -> Manifest:
             f"the mixture is damaged:\n  {listing(found)}\nmove {folder} away and compile the epoch again"
         )
     return manifest
+
+
+def verify_store(store: Store, manifest: Manifest) -> list[str]:
+    """A sentence for every object of a mixture in a store that is missing or has changed."""
+
+    def check(file: MixtureFile) -> str | None:
+        found = store.digest(file.name)
+        if found is None:
+            return f"{store.url}/{file.name}: is missing"
+        size, digest = found
+        if size != file.bytes:
+            return f"{store.url}/{file.name}: has {size:,} bytes, expected {file.bytes:,}"
+        return None if digest == file.sha256 else f"{store.url}/{file.name}: its bytes have changed"
+
+    content = store.read(MANIFEST)
+    lines = [] if content == manifest.text() else [f"{store.url}/{MANIFEST}: is not the manifest that was written"]
+    return lines + [line for line in distribute.run(check, manifest.files, backend="threads") if line]
 
 
 def verify(folder: Path, pools: Mapping[str, Pool] | None) -> list[str]:
