@@ -591,8 +591,9 @@ def test_a_dry_run_prints_counts_and_the_fingerprint_and_writes_nothing(tmp_path
     dry = python_m_compile("--epoch", 1, "--dry-run", cwd=tmp_path)
     assert dry.returncode == 0, dry.stderr
     assert stamps(tmp_path) == before
-    for line in ("epoch 1: 120 samples in ", "law: weight 0.5000, 60 samples (0.5000), 0.67 passes over 90"):
-        assert line in dry.stdout
+    assert "epoch 1: 120 samples in " in dry.stdout
+    law = next(line.split() for line in dry.stdout.splitlines() if line.split()[:1] == ["law"])
+    assert law[:4] == ["law", "0.5000", "60", "50.00%"]
     manifest, _ = compile_epoch(config, 1)
     assert f"fingerprint {manifest.fingerprint_of_inputs}" in dry.stdout
 
