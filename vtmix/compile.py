@@ -107,8 +107,12 @@ def layout_of(config: MixtureConfig) -> mds.Layout:
     return mds.Layout(config.mixture.shard_bytes, compression=config.mixture.compression)
 
 
-def compile_epoch(config: MixtureConfig, epoch: int, workers: int | None = None) -> tuple[Manifest, bool]:
+def compile_epoch(
+    config: MixtureConfig, epoch: int, workers: int | None = None, *, backend: distribute.Backend = "threads"
+) -> tuple[Manifest, bool]:
     """Plans and compiles an epoch; the flag is False when its mixture was committed before.
+
+    With the backend `ray`, shards are tasks on the connected cluster, whose workers see the run folder.
 
     Raises ConflictError when a mixture of other inputs is committed, LockedError while another compile is at work.
     """
@@ -126,8 +130,9 @@ def compile_epoch(config: MixtureConfig, epoch: int, workers: int | None = None)
         removed = Manifest.committed(run.kept_manifest(epoch), inputs)
         writer, identity = ShardWriter(plan, pools, layout), fingerprint(inputs)
         final = run.mixture(epoch)
-        staging = StoreStaging(store, final, identity) if store else FolderStaging(final, identity)
-        shards = _write_shards(writer, staging, workers)
+        elsewhere = backend == "ray"  # what another machine wrote is flushed there, not here
+        staging = StoreStaging(store, final, identity) if store else FolderStaging(final, identity, flush=elsewhere)
+        shards = _write_shards(writer, staging, workers, backend)
         index = layout.index([shard.size for shard in shards])
         manifest = _manifest(plan, inputs, identity, index, shards)
         if removed is not None and removed.digest() != manifest.digest():
@@ -170,15 +175,15 @@ def _keep(run: RunFolder, manifest: Manifest, store: Store | None) -> None:
         manifest.publish(run.kept_manifest(manifest.epoch))
 
 
-def _write_shards(writer: ShardWriter, staging: Staging, workers: int | None) -> list[ShardReport]:
+def _write_shards(
+    writer: ShardWriter, staging: Staging, workers: int | None, backend: distribute.Backend
+) -> list[ShardReport]:
     tasks = writer.tasks()
     reports = []
     with progress.bar(f"compiling epoch {writer.plan.epoch}", len(tasks), "shards") as advance:
         # Threads: gathering, hashing and writing all release the interpreter lock. Waiting for the disk is done here,
         # while they write the next shards.
-        for report in distribute.run(
-            lambda task: writer.write(task, staging), tasks, backend="threads", workers=workers
-        ):
+        for report in distribute.run(lambda task: writer.write(task, staging), tasks, backend=backend, workers=workers):
             settle(staging, report)
             reports.append(report)
             advance(1)

@@ -41,9 +41,10 @@ class Staging(Protocol):
 class FolderStaging:
     """A hidden folder on the same disk, which one rename makes the mixture."""
 
-    def __init__(self, final: Path, fingerprint: str) -> None:
-        """Call it under the lock that guards `final`."""
+    def __init__(self, final: Path, fingerprint: str, *, flush: bool = False) -> None:
+        """Call it under the lock that guards `final`. With `flush`, whoever writes a file flushes it as well."""
         self._final = final
+        self._flush = flush
         self._folder = commit.staging_folder(final, fingerprint)
 
     def record(self, name: str) -> bytes:
@@ -61,8 +62,8 @@ class FolderStaging:
             return None
 
     def write(self, name: str, size: int) -> AbstractContextManager[BinaryIO]:
-        """Written under another name, and renamed when complete; not flushed yet."""
-        return commit.staged(self._folder / name, size, flush=False)
+        """Written under another name, and renamed when complete."""
+        return commit.staged(self._folder / name, size, flush=self._flush)
 
     def settle(self, name: str, record: bytes) -> None:
         """Flushes the shard, then writes its record."""
