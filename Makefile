@@ -64,7 +64,7 @@ bench: env
 	$(BIN)/python benchmarks/recovery.py --quick
 
 lock: env
-	$(BIN)/uv pip compile pyproject.toml --extra train --extra quickstart --extra dev --universal \
+	$(BIN)/uv pip compile pyproject.toml --extra train --extra quickstart --extra bench --extra dev --universal \
 		--python-version 3.11 --no-header --no-annotate -o requirements/lock.txt
 
 # Resolved, not installed: the lock for GPUs can be made on a machine without one.

@@ -1,11 +1,14 @@
-"""How fast vtmix compiles a mixture, beside MosaicML's MDSWriter and `cp -r`, in one run.
+"""How fast vtmix compiles a mixture, beside MosaicML's MDSWriter, LitData's optimize, `cp -r` and `zstd`, in one run.
 
     python benchmarks/compile.py [--quick] [--json]
 
-All three put the same samples into the same shards: vtmix from its pools, MDSWriter from the same samples already
-tokenised and in memory, cp from the finished mixture. Every peer starts with its input in the page cache, and ends when
-its output is flushed to disk, which vtmix always does before it publishes; `unflushed` leaves that out for all three.
-The corpus is benchmarks/shared.py's, the tokenizer is the quickstart's.
+All put the same samples into shards of 64 MiB: vtmix from its pools, MDSWriter and LitData from the same samples
+already tokenised and in memory, cp from the finished mixture. Every peer starts with its input in the page cache, and
+ends when its output is flushed to disk, which vtmix always does before it publishes; `unflushed` leaves that out.
+With compression the peer is the zstd program with two threads and the same level, on the finished shards.
+
+Growth is the time for epochs of 10^4 … 10^7 samples of about 150 bytes. The corpus is benchmarks/shared.py's, the
+tokenizer is the quickstart's.
 """
 
 import argparse
@@ -17,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,15 +43,16 @@ def sources() -> dict[str, Path]:
     return found
 
 
-def prepare(folder: Path, samples: int) -> MixtureConfig:
-    """Pools of the corpus and weights by their size, so that every sample appears equally often."""
-    domains = {name: {"train": str(path)} for name, path in sources().items()}
+def prepare(folder: Path, domains: dict[str, Path], samples: int) -> MixtureConfig:
+    """Pools of the domains and weights by their size, so that every sample appears equally often."""
     raw: dict[str, Any] = {
         "model": str(QUICKSTART / "model"),
-        "domains": domains,
+        "domains": {name: {"train": str(path)} for name, path in domains.items()},
+        "pool": {"leak": "drop"},
         "samples_per_epoch": samples,
         "weights": {"algorithm": "uniform"},
     }
+    folder.mkdir(exist_ok=True)
     settings = config.validate(raw, folder / "mixture.yaml")
     pools = build(settings)
     total = sum(pool.samples for pool in pools.values())
@@ -57,25 +61,42 @@ def prepare(folder: Path, samples: int) -> MixtureConfig:
     return settings
 
 
-def measured_compile(settings: MixtureConfig, workers: int, *, flush: bool) -> tuple[float, float]:
-    """Seconds that a fresh process takes to compile the epoch, start-up included, and its peak memory in MiB."""
+def small_sources(folder: Path) -> dict[str, Path]:
+    """Three domains of 20,000 records of a few words each."""
+    paths = {name: folder / f"{name}.jsonl" for name in ("law", "code", "other")}
+    for name, path in paths.items():
+        with path.open("w", encoding="utf-8") as file:
+            for number in range(20_000):
+                file.write(json.dumps({"prompt": f"{name} {number}", "response": f"{number % 97}"}) + "\n")
+    return paths
+
+
+def compiled(settings: MixtureConfig, workers: int, *, flush: bool, **changes: Any) -> dict[str, float]:
+    """What a fresh process takes to compile the epoch anew: seconds, and its peak memory in MiB."""
+    run = run_folder(settings)
+    shutil.rmtree(run.mixture(1), ignore_errors=True)
+    shutil.rmtree(run.plan(1).parent, ignore_errors=True)
+    raw = settings.model_dump(mode="json")
+    raw["mixture"] |= {name: value for name, value in changes.items() if name == "compression"}
+    raw |= {name: value for name, value in changes.items() if name != "compression"}
+    (settings.root / "mixture.json").write_text(json.dumps(raw))
+    os.sync()
     command = [sys.executable, __file__, "--child", str(settings.root), "--workers", str(workers)]
     done = subprocess.run([*command, *([] if flush else ["--unflushed"])], check=True, capture_output=True, text=True)
-    seconds, peak = json.loads(done.stdout.splitlines()[-1])
-    return seconds, peak
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def child(root: Path, workers: int, *, flush: bool) -> None:
-    """Compiles in this process and prints [seconds, peak MiB]."""
-    raw = json.loads((root / "mixture.json").read_text())
-    settings = config.validate(raw, root / "mixture.yaml")
+    """Compiles in this process and prints what it took."""
+    settings = config.validate(json.loads((root / "mixture.json").read_text()), root / "mixture.yaml")
     start = time.perf_counter()
     with contextlib.nullcontext() if flush else mock.patch("os.fsync"):
         compiler.compile_epoch(settings, 1, workers)
     seconds = time.perf_counter() - start
     # Not getrusage: a child's ru_maxrss begins at what its parent held when it was forked.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    print(json.dumps([seconds, int(status["VmHWM"].split()[0]) / 1024]))
+    print(json.dumps({"seconds": seconds, "peak_mib": int(status["VmHWM"].split()[0]) / 1024}))
 
 
 def mdswriter_seconds(folder: Path, samples: list[Any], *, flush: bool) -> float:
@@ -92,11 +113,48 @@ def mdswriter_seconds(folder: Path, samples: list[Any], *, flush: bool) -> float
     return time.perf_counter() - start
 
 
+def litdata_seconds(folder: Path, samples: list[Any], workers: int, *, flush: bool) -> float:
+    """Seconds LitData takes for samples in memory, the start of its workers (about 10 s) left out."""
+    from litdata import optimize
+
+    def timed(count: int) -> float:
+        shutil.rmtree(folder, ignore_errors=True)
+        start = time.perf_counter()
+        optimize(
+            samples.__getitem__,
+            list(range(count)),
+            str(folder),
+            chunk_bytes="64MB",
+            num_workers=workers,
+            start_method="fork",
+            verbose=False,
+        )
+        if flush:
+            flush_files(folder)
+        return time.perf_counter() - start
+
+    few = len(samples) // 100
+    return (timed(len(samples)) - timed(few)) * len(samples) / (len(samples) - few)
+
+
 def cp_seconds(source: Path, target: Path, *, flush: bool) -> float:
     """Seconds that `cp -r` takes."""
     shutil.rmtree(target, ignore_errors=True)
     start = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)  # noqa: S607
+    if flush:
+        flush_files(target)
+    return time.perf_counter() - start
+
+
+def zstd_seconds(source: Path, target: Path, level: int, *, flush: bool) -> float:
+    """Seconds that `zstd -T2` takes for every shard of a folder."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    shards = sorted(str(path) for path in source.glob("*.mds"))
+    start = time.perf_counter()
+    command = ["zstd", f"-{level}", "-T2", "--quiet", "--output-dir-flat", str(target), *shards]
+    subprocess.run(command, check=True)
     if flush:
         flush_files(target)
     return time.perf_counter() - start
@@ -121,30 +179,60 @@ def some_samples(settings: MixtureConfig, count: int) -> Iterator[Any]:
 
 
 def compare(settings: MixtureConfig, options: argparse.Namespace, *, flush: bool) -> dict[str, float]:
-    """One row of figures: vtmix, MDSWriter and cp under the same rule about flushing."""
+    """One row of figures: vtmix, MDSWriter, LitData and cp under the same rule about flushing."""
     final = run_folder(settings).mixture(1)
-
-    def compile_once() -> tuple[float, float]:
-        shutil.rmtree(final, ignore_errors=True)
-        os.sync()
-        return measured_compile(settings, options.workers, flush=flush)
-
-    seconds, peak = best(options.repeat, compile_once)
+    took = min(
+        (compiled(settings, options.workers, flush=flush) for _ in range(options.repeat)),
+        key=lambda found: found["seconds"],
+    )
     size = sum(path.stat().st_size for path in final.iterdir())
     os.sync()
     copy = best(options.repeat, lambda: cp_seconds(final, settings.root / "copy", flush=flush))
+    shutil.rmtree(settings.root / "copy")
     samples = list(some_samples(settings, options.peer_samples))
     os.sync()
-    peer = mdswriter_seconds(settings.root / "peer", samples, flush=flush) / len(samples)
-    rate = settings.samples_per_epoch / seconds
+    mds_rate = len(samples) / mdswriter_seconds(settings.root / "peer", samples, flush=flush)
+    lit_rate = len(samples) / litdata_seconds(settings.root / "lit", samples, options.workers, flush=flush)
+    rate = settings.samples_per_epoch / took["seconds"]
     return {
-        "ratio_mdswriter": rate * peer,
-        "ratio_cp": copy / seconds,
+        "ratio_mdswriter": rate / mds_rate,
+        "ratio_litdata": rate / lit_rate,
+        "ratio_cp": copy / took["seconds"],
         "samples_per_s": rate,
-        "mib_per_s": size / seconds / 2**20,
-        "mdswriter_samples_per_s": 1 / peer,
+        "mib_per_s": size / took["seconds"] / 2**20,
+        "mdswriter_samples_per_s": mds_rate,
+        "litdata_samples_per_s": lit_rate,
         "cp_mib_per_s": size / copy / 2**20,
-        "peak_mib": peak,
+        "peak_mib": took["peak_mib"],
+    }
+
+
+def compare_zstd(settings: MixtureConfig, options: argparse.Namespace, level: int) -> float | None:
+    """zstd's seconds for the finished shards over vtmix's for compiling them compressed; None without the program."""
+    if shutil.which("zstd") is None:
+        return None
+    compiled(settings, options.workers, flush=True)
+    source = settings.root / "raw"
+    run_folder(settings).mixture(1).rename(source)
+    peer = best(options.repeat, lambda: zstd_seconds(source, settings.root / "peer", level, flush=True))
+    shutil.rmtree(source)
+    mine = best(
+        options.repeat,
+        lambda: compiled(settings, options.workers, flush=True, compression=f"zstd:{level}")["seconds"],
+    )
+    return float(peer / mine)
+
+
+def growth(folder: Path, sizes: Sequence[int], options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Seconds and peak memory for epochs of small samples, by their size."""
+    folder.mkdir()
+    settings = prepare(folder, small_sources(folder), sizes[0])
+    return {
+        str(size): min(
+            (compiled(settings, options.workers, flush=True, samples_per_epoch=size) for _ in range(options.repeat)),
+            key=lambda found: found["seconds"],
+        )
+        for size in sizes
     }
 
 
@@ -153,7 +241,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the figures as one object on the last line")
     parser.add_argument("--quick", action="store_true", help="a tenth of the samples, one repetition")
-    parser.add_argument("--samples", type=int, help="samples of the epoch (default: 300000)")
+    parser.add_argument("--samples", type=int, help="samples of the epoch (default: 1,000,000)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where to work (default: the temporary folder)")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -162,19 +250,31 @@ def main() -> int:
     if options.child:
         child(options.child, options.workers, flush=not options.unflushed)
         return 0
-    options.samples = options.samples or (30_000 if options.quick else 300_000)
+    options.samples = options.samples or (30_000 if options.quick else 1_000_000)
     options.repeat = 1 if options.quick else 3
     options.peer_samples = 10_000 if options.quick else 50_000
+    sizes = (1_000, 10_000) if options.quick else (10_000, 100_000, 1_000_000, 10_000_000)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        settings = prepare(Path(folder), options.samples)
-        (Path(folder) / "mixture.json").write_text(json.dumps(settings.model_dump(mode="json")))
+        settings = prepare(Path(folder) / "corpus", sources(), options.samples)
         flushed = compare(settings, options, flush=True)
         unflushed = compare(settings, options, flush=False)
+        zstd = {level: compare_zstd(settings, options, level) for level in (1, 3)}
+        shutil.rmtree(settings.root)
+        grown = growth(Path(folder) / "small", sizes, options)
     for title, row in (("flushed to disk", flushed), ("unflushed", unflushed)):
         print(f"\n{title}: {options.samples:,} samples, {options.workers} workers")
         for name, value in row.items():
             print(f"  {name:24} {value:12,.2f}")
-    return end({**flushed, "unflushed": unflushed}, as_json=options.json)
+    for level, ratio in zstd.items():
+        print(
+            f"\nzstd level {level}: {'the zstd program is not here' if ratio is None else f'{ratio:.2f} of zstd -T2'}"
+        )
+    print("\nsamples of about 150 bytes:")
+    for size, found in grown.items():
+        rate = int(size) / found["seconds"]
+        print(f"  {int(size):12,} {found['seconds']:8.2f} s {rate:12,.0f} samples/s {found['peak_mib']:6.0f} MiB")
+    figures = {**flushed, "unflushed": unflushed, "ratio_zstd": zstd[3], "ratio_zstd_1": zstd[1], "growth": grown}
+    return end(figures, as_json=options.json)
 
 
 if __name__ == "__main__":
