@@ -23,7 +23,7 @@ from vtmix.compile import compile_epoch
 from vtmix.config import load
 from vtmix.verify import require_intact
 
-RANDOM_KILLS = 50
+RANDOM_KILLS = 100
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,24 @@
 """No byte of a mixture changes unseen: verify names the file and the samples, and training refuses to start on it."""
 
+import contextlib
+import copy
 import json
 import os
 import shutil
+import sys
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from handmade import run_of, write_weights
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from vtmix import loop, mds
 from vtmix.artifacts import run_folder
 from vtmix.compile import compile_epoch, open_pools
 from vtmix.config import load
-from vtmix.errors import DamageError, MissingError
+from vtmix.errors import DamageError, MissingError, VtmixError
 from vtmix.verify import open_manifest, require_intact, verify
 
 EPOCH = "epoch-0001"
@@ -60,35 +65,37 @@ def test_an_intact_mixture_has_no_findings(config):
     assert loop.mixture(config, 1).manifest == open_manifest(run_folder(config).mixture(1))
 
 
-def test_a_flipped_byte_is_found_wherever_it_is_and_its_sample_named(config):
-    folder = run_folder(config).mixture(1)
-    flips = 0
-    for file in open_manifest(folder).files[1:]:
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """An epoch so small that every byte of it can be changed in turn."""
+    config = run_of(tmp_path_factory.mktemp("tiny"), samples_per_epoch=4, mixture={"shard_bytes": 1024})
+    compile_epoch(config, 1)
+    assert len(list(run_folder(config).mixture(1).glob("*.mds"))) == 2
+    return config
+
+
+def test_every_flipped_byte_is_found_and_its_sample_named_and_training_refuses_it(tiny):
+    folder = run_folder(tiny).mixture(1)
+    pools, flips = open_pools(tiny), 0
+    for file in open_manifest(folder).files:
         path = folder / file.name
         whole = path.read_bytes()
-        for what, begin, end in list(regions(folder, file.name)):
-            for position in {begin, (begin + end) // 2, end - 1}:
-                changed = bytearray(whole)
-                changed[position] ^= 0xFF
-                path.write_bytes(changed)
-                first, second = findings(config)
+        places = [("", 0, len(whole))] if file.name == mds.INDEX else list(regions(folder, file.name))
+        for what, begin, end in places:
+            for position in range(begin, end):
+                path.write_bytes(
+                    whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :]
+                )
+                first, *rest = verify(folder, pools)
                 assert first.startswith(f"{path}: its bytes have changed (digest ")
-                assert second == f"{path}: {what} changed"
+                assert rest == ([f"{path}: {what} changed"] if what else [])
+                if position % 5 == 0:
+                    with pytest.raises(DamageError, match=rf"{file.name}: its bytes have changed"):
+                        require_intact(folder)
                 flips += 1
         path.write_bytes(whole)
-    assert flips > 120
-    assert findings(config) == []
-
-
-@pytest.mark.parametrize("name", ["shard.00000.mds", "index.json"])
-def test_training_refuses_a_flip_anywhere(config, name):
-    folder = run_folder(config).mixture(1)
-    path = folder / name
-    whole = path.read_bytes()
-    for position in range(0, len(whole), 7):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-        with pytest.raises(DamageError, match=rf"{name}: its bytes have changed"):
-            require_intact(folder)
+    assert flips > 1500
+    assert verify(folder, pools) == []
 
 
 def test_every_byte_of_the_manifest_counts(config):
@@ -108,18 +115,19 @@ def test_every_byte_of_the_manifest_counts(config):
     assert {line.strip().partition(b":")[0] for line in unseen} <= {b'"response_tokens"'}
 
 
-def test_every_truncation_is_found(config):
-    folder = run_folder(config).mixture(1)
-    path = folder / mds.shard_name(1)
-    whole = path.read_bytes()
-    bounds = [end for _, _, end in regions(folder, path.name)]
-    for kept in [*range(0, len(whole), 97), *bounds[:-1], len(whole) - 1]:
-        path.write_bytes(whole[:kept])
-        first, *rest = findings(config)
-        assert first == f"{path}: has {kept:,} bytes, expected {len(whole):,}"
-        # The last sample is always hit, the first only when the cut is before its end.
-        assert "(number 9 of the shard) changed" in rest[-1] or f"number {len(bounds) - 4} of" in rest[-1]
-        assert any("(number 0 of the shard) changed" in line for line in rest) == (kept < bounds[3])
+def test_every_truncation_is_found_and_the_samples_it_cost_are_named(tiny):
+    folder = run_folder(tiny).mixture(1)
+    pools = open_pools(tiny)
+    for file in open_manifest(folder).files:
+        path = folder / file.name
+        whole = path.read_bytes()
+        cut = [] if file.name == mds.INDEX else list(regions(folder, file.name))
+        for kept in range(len(whole)):
+            path.write_bytes(whole[:kept])
+            first, *rest = verify(folder, pools)
+            assert first == f"{path}: has {kept:,} bytes, expected {len(whole):,}"
+            assert rest == [f"{path}: {what} changed" for what, _, end in cut if end > kept]
+        path.write_bytes(whole)
 
 
 def test_bytes_too_many_are_found(config):
@@ -328,3 +336,91 @@ def test_a_damaged_compressed_shard_is_named_with_its_samples_or_as_lost(tmp_pat
         lines = verify(folder, open_pools(config))
         assert lines[0].startswith(f"{path}: its bytes have changed")
         assert all("cannot be expanded" in line or "changed" in line for line in lines[1:])
+
+
+# Hostile manifests and indices: whatever they say, no path outside the mixture is touched, and one error says so
+
+
+class Touched:
+    """The paths that Python opened, listed, removed or renamed while this was on, by its audit events."""
+
+    def __init__(self):
+        self.on, self.paths = False, []
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event, args):
+        if self.on and event in {"open", "os.remove", "os.rename", "os.rmdir", "os.listdir", "os.scandir", "os.mkdir"}:
+            self.paths.append(args[0])
+
+    def __enter__(self):
+        self.on, self.paths = True, []
+        return self
+
+    def __exit__(self, *_):
+        self.on = False
+
+
+TOUCHED = Touched()
+HOSTILE = st.one_of(
+    st.sampled_from(["../../outside", "/etc/passwd", "shard.00000.mds\x00", "shard.00001.mds/../../x", ".", "", "~/x"]),
+    st.sampled_from([-1, 2**63, 2**200, 0.5, 1e308, True, None, [], {}, "x" * 10_000, [[[[[]]]]]]),
+    st.text(max_size=20),
+    st.integers(),
+)
+
+
+def leaves(value, path=()):
+    """Every place in nested JSON, containers included."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in items:
+        yield from leaves(child, (*path, key))
+
+
+def put(value, path, new):
+    """The value with another one in one place; at its root, the other one."""
+    if not path:
+        return new
+    place = value
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = copy.deepcopy(new)
+    return value
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_hostile_manifest_or_index_leads_nowhere_and_is_one_error(tiny, data):
+    folder = run_folder(tiny).mixture(1)
+    name = data.draw(st.sampled_from(["manifest.json", mds.INDEX]))
+    path = folder / name
+    whole = path.read_bytes()
+    content = json.loads(whole)
+    for _ in range(data.draw(st.integers(1, 3))):
+        places = list(leaves(content))
+        content = put(content, data.draw(st.sampled_from(places)), data.draw(HOSTILE))
+    raw = data.draw(
+        st.sampled_from(
+            [
+                json.dumps(content).encode(),
+                json.dumps(content).replace(": 1,", ": NaN,").encode(),
+                json.dumps(content)[:-1].encode() + b', "files": []}',
+                b"[" * 10**6,
+            ]
+        )
+    )
+    pools = open_pools(tiny)
+    path.write_bytes(raw)
+    try:
+        with TOUCHED as touched, contextlib.suppress(VtmixError):
+            require_intact(folder)
+        with touched, contextlib.suppress(VtmixError):
+            verify(folder, pools)
+    finally:
+        path.write_bytes(whole)
+    allowed = (str(folder), str(run_folder(tiny).pools), "/proc", sys.prefix, sys.base_prefix)
+    assert [
+        found
+        for found in touched.paths
+        if isinstance(found, (str, bytes)) and not os.fsdecode(found).startswith(allowed)
+    ] == []
