@@ -47,7 +47,17 @@ def write_pool(folder: Path, domain: str, content: list[mds.Sample], parts: int 
             writer.write_table(table)
         data = path.read_bytes()
         digest = hashlib.sha256(data).hexdigest()
-        written.append(PoolPart(name=path.name, samples=stop - start, bytes=len(data), sha256=digest))
+        written.append(
+            PoolPart(
+                name=path.name,
+                samples=stop - start,
+                tokens=sum(tokens[start:stop]),
+                response_tokens=sum(response_tokens[start:stop]),
+                sample_bytes=sum(map(len, encoded[start:stop])),
+                bytes=len(data),
+                sha256=digest,
+            )
+        )
     manifest = PoolManifest(
         inputs={"tokenizer": "by hand"},
         domain=domain,

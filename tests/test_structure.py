@@ -23,7 +23,7 @@ LAYERS = [
     {"artifacts"},
     {"mds", "records", "sources", "samples", "cluster"},
     {"encode", "weights", "plan", "pool", "batches", "checkpoints", "estimate", "classify", "question"},
-    {"parts", "reduce", "pooling", "shards", "generate", "probe", "judge", "stages"},
+    {"ranges", "leaks", "parts", "reduce", "assemble", "pooling", "shards", "generate", "probe", "judge", "stages"},
     {"compile"},
     {"verify", "detect", "reference"},
     {"loop", "status", "show", "schemas"},

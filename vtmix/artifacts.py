@@ -117,12 +117,15 @@ def _what(path: Path) -> str:
 
 
 class PoolPart(Model):
-    """One Arrow file of a pool."""
+    """One Arrow file of a pool: the samples of one range of keys, in pool order."""
 
     name: str
     samples: Count
-    bytes: Count
-    sha256: str
+    tokens: Annotated[Count, Field(description="of its samples, prompts included")]
+    response_tokens: Annotated[Count, Field(description="of its samples: those a loss is taken over")]
+    sample_bytes: Annotated[Count, Field(description="its encoded samples, without Arrow's framing")]
+    bytes: Annotated[Count, Field(description="the file")]
+    sha256: Annotated[str, Field(description="of the file")]
 
 
 class EvalSplit(Model):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from vtmix import mds
+from vtmix import commit, mds
 from vtmix.artifacts import PoolManifest
 from vtmix.errors import DamageError
 
@@ -30,13 +30,10 @@ def read_ipc(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def ipc_bytes(table: pa.Table) -> bytes:
-    """The content of an Arrow file."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
+def write_ipc(path: Path, table: pa.Table) -> None:
+    """Writes an Arrow file of a staging folder, completely or not at all."""
+    with commit.staged(path, table.nbytes) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
 
 
 @dataclass(frozen=True)
