@@ -43,8 +43,8 @@ def write_pool(folder: Path, domain: str, content: list[mds.Sample], parts: int 
         columns = [[sample["sample_id"] for sample in content], tokens, response_tokens, encoded]
         table = pa.table([column[start:stop] for column in columns], schema=pool.PART_SCHEMA)
         size = sum(map(len, encoded[start:stop]))
-        data = pool.ipc_bytes(table, pool.batch_rows(stop - start, size))
-        path.write_bytes(data)
+        pool.write_ipc(path, table, pool.batch_rows(stop - start, size))
+        data = path.read_bytes()
         digest = hashlib.sha256(data).hexdigest()
         written.append(
             PoolPart(

@@ -85,6 +85,31 @@ def test_an_error_while_a_file_is_staged_leaves_none_of_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_two_attempts_at_one_file_each_is_whole_and_the_last_counts(tmp_path):
+    path = tmp_path / "file"
+    with commit.staged(path, 9) as first:
+        first.write(b"first ")
+        commit.write_staged(path, b"second")
+        assert path.read_bytes() == b"second"
+        first.write(b"one")
+    assert path.read_bytes() == b"first one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_attempt_still_under_way_is_no_part_of_what_is_published(tmp_path):
+    final = tmp_path / "law"
+    staging = commit.staging_folder(final, "ab" * 32)
+    commit.write_staged(staging / "file", b"whole")
+    commit.make_folder(staging / "eval")
+    late = commit.staged(staging / "eval" / "file", 9)
+    late.__enter__().write(b"some")
+    commit.publish_folder(staging, final)
+    assert [path for path in final.rglob("*") if path.is_file()] == [final / "file"]
+    with pytest.raises(VtmixError, match="eval/file: cannot write 9 bytes: No such file"):
+        late.__exit__(None, None, None)
+    assert list((final / "eval").iterdir()) == []
+
+
 def test_a_place_that_is_no_folder_is_an_error_that_names_it(tmp_path):
     (tmp_path / "file").touch()
     for call in (

@@ -24,6 +24,7 @@ ELSEWHERE = {
 # In this order: the whole run, then each stage of it again, which finds its work done.
 IN_A_PROJECT = [
     "vtmix pool",
+    "python jobs/pool.py",
     "python jobs/detect.py",
     "python jobs/reference.py",
     "composer -n 8 trainers/composer_sft.py mixture.yaml",

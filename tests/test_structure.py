@@ -35,7 +35,7 @@ LAYERS = [
         "classify",
         "question",
     },
-    {"parts", "reduce", "pooling", "shards", "generate", "probe", "judge", "stages"},
+    {"ranges", "leaks", "parts", "reduce", "assemble", "pooling", "shards", "generate", "probe", "judge", "stages"},
     {"compile"},
     {"verify", "detect", "reference", "trace", "gc"},
     {"loop", "status", "show", "schemas"},

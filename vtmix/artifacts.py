@@ -136,11 +136,11 @@ class PoolPart(Model):
 
     name: str
     samples: Count
-    tokens: Count
-    response_tokens: Count
-    sample_bytes: Annotated[Count, Field(description="encoded samples, without Arrow's framing")]
-    bytes: Annotated[Count, Field(description="of the file")]
-    sha256: str
+    tokens: Annotated[Count, Field(description="of its samples, prompts included")]
+    response_tokens: Annotated[Count, Field(description="of its samples: those a loss is taken over")]
+    sample_bytes: Annotated[Count, Field(description="its encoded samples, without Arrow's framing")]
+    bytes: Annotated[Count, Field(description="the file")]
+    sha256: Annotated[str, Field(description="of the file")]
 
 
 class EvalSplit(Model):

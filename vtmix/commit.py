@@ -1,7 +1,9 @@
 """Publishes files: all or nothing, never twice, one process at a time.
 
 A file becomes visible by one hard link, a folder by one rename, after its bytes were flushed to disk. Nothing that is
-visible is ever overwritten. Locks are `flock`s, so they die with their process and leave nothing to clean up.
+visible is ever overwritten. Locks are `flock`s, so they die with their process and leave nothing to clean up. Several
+attempts at one staged file may be under way (a worker that was given up for dead may still write): each writes under a
+name of its own, the last to finish names the file, and what none finished is swept when its folder is published.
 """
 
 import fcntl
@@ -17,6 +19,7 @@ from typing import BinaryIO
 from vtmix.errors import ConflictError, LockedError, VtmixError
 
 STAGING_PREFIX = ".staging-"
+TEMPORARY_SUFFIX = ".tmp"
 LOCK_ATTEMPTS = 20
 LOCK_PAUSE = 0.05
 """Seconds between attempts, made only while the lock file names no holder: one is just coming or going."""
@@ -74,7 +77,7 @@ def publish_file(path: Path, data: bytes) -> bool:
     Raises ConflictError when `path` exists with other bytes.
     """
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = _temporary(path)
     with _errors_named(f"{path}: cannot write {len(data):,} bytes"):
         try:
             with temporary.open("wb") as file:
@@ -97,16 +100,25 @@ def staging_folder(final: Path, fingerprint: str) -> Path:
 
     Staging left by work on other inputs is removed. Call it under the lock that guards `final`.
     """
-    # A dot parts the two names, since no name of a folder here holds one: 'law' must not take 'law-eu' for its own.
-    prefix = f"{STAGING_PREFIX}{final.name}."
-    staging = final.parent / f"{prefix}{fingerprint[:16]}"
+    staging = final.parent / f"{_staging_prefix(final)}{fingerprint[:16]}"
     make_folder(final.parent)
+    discard_staging(final, keep=staging)
     with _errors_named(f"{staging}: cannot be prepared"):
-        for other in final.parent.glob(f"{prefix}*"):
-            if other != staging:
-                shutil.rmtree(other)
         staging.mkdir(exist_ok=True)
     return staging
+
+
+def discard_staging(final: Path, *, keep: Path | None = None) -> None:
+    """Removes the folders in which `final` was prepared. Call it under the lock that guards `final`."""
+    for staging in final.parent.glob(f"{_staging_prefix(final)}*"):
+        if staging != keep:
+            with _errors_named(f"{staging}: cannot be removed"):
+                shutil.rmtree(staging)
+
+
+def _staging_prefix(final: Path) -> str:
+    # A dot parts the two names, since no name of a folder here holds one: 'law' must not take 'law-eu' for its own.
+    return f"{STAGING_PREFIX}{final.name}."
 
 
 def write_staged(path: Path, data: bytes, *, flush: bool = True) -> None:
@@ -121,7 +133,7 @@ def write_staged(path: Path, data: bytes, *, flush: bool = True) -> None:
 @contextmanager
 def staged(path: Path, size: int, *, flush: bool = True) -> Iterator[BinaryIO]:
     """A file of a staging folder to write `size` bytes to: it exists completely, or after an error not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
     with _errors_named(f"{path}: cannot write {size:,} bytes"):
         try:
             with temporary.open("wb") as file:
@@ -135,14 +147,23 @@ def staged(path: Path, size: int, *, flush: bool = True) -> Iterator[BinaryIO]:
             raise
 
 
+def link_staged(path: Path, other: Path) -> None:
+    """Gives a staged file a second name, `other`, in a folder that is to be published."""
+    with _errors_named(f"{other}: cannot be made"):
+        os.link(path, other)
+
+
 def publish_folder(staging: Path, final: Path) -> None:
-    """Makes a staged folder, whose files are flushed, visible at `final` by one rename.
+    """Makes a staged folder, whose files are flushed, visible at `final` by one rename, without what is temporary.
 
     Raises ConflictError when `final` exists.
     """
     if final.exists():
         raise ConflictError(f"{final}: exists, and committed folders never change")
-    for folder, _, _ in os.walk(staging):
+    for folder, _, names in os.walk(staging):
+        for name in names:
+            if name.endswith(TEMPORARY_SUFFIX):
+                Path(folder, name).unlink(missing_ok=True)
         flush_folder(Path(folder))
     with _errors_named(f"{final}: cannot be published"):
         staging.rename(final)
@@ -166,6 +187,11 @@ def _flush(path: Path, flags: int) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _temporary(path: Path) -> Path:
+    """A name, of this attempt alone, for what is to become `path`."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ VtmixError                  exit code 1: something was refused, and nothing that
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 
 class VtmixError(Exception):
@@ -64,10 +65,25 @@ class DetectionError(VtmixError):
     """The samples or their classifier do not support an estimate."""
 
 
-def listing(offenders: Iterable[str], limit: int = 20) -> str:
-    """Joins offenders into lines, the first `limit` in full and the rest as a count."""
+LISTED = 100
+"""Offenders among records that a message names, however many there are."""
+
+
+class Offenders(NamedTuple):
+    """Offenders among records: how many there are, and the first LISTED in words."""
+
+    total: int
+    first: tuple[str, ...]
+
+
+def listing(offenders: Iterable[str], limit: int = 20, *, count: int | None = None) -> str:
+    """Joins offenders into lines, the first `limit` in full and the rest as a count.
+
+    `count` says how many there are where only the first of them are given.
+    """
     lines = list(offenders)
     shown = lines[:limit]
-    if len(lines) > limit:
-        shown.append(f"… and {len(lines) - limit} more")
+    more = (len(lines) if count is None else count) - len(shown)
+    if more > 0:
+        shown.append(f"… and {more:,} more")
     return "\n  ".join(shown)

@@ -1,10 +1,7 @@
 """Encodes one part of a source: the map side of building a pool, which any worker can do on its own."""
 
 import functools
-import hashlib
 import json
-import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,23 +9,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from vtmix import commit, mds
+from vtmix import mds
 from vtmix.encode import Encoded, Encoder, load_tokenizer, tokenizer_digest
-from vtmix.errors import ConfigError
-from vtmix.pool import PART_SCHEMA, ipc_bytes
+from vtmix.errors import LISTED, ConfigError, Offenders
+from vtmix.pool import write_ipc
+from vtmix.ranges import ENCODED_SCHEMA, Split, order_key, sample_hash
 from vtmix.records import BadRecord, Conversation, Invalid, sample_id, text_of
 from vtmix.settings import Encoding
 from vtmix.sources import Part, read_part
 
-ENCODED_SCHEMA = pa.schema(
-    {
-        "key": pa.uint64(),
-        "held_out": pa.bool_(),
-        "where": pa.string(),
-        "text": pa.large_string(),
-        **{field.name: field.type for field in PART_SCHEMA},
-    }
-)
+ENVIRONMENT = {"USE_TORCH": "0", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""Of a process that does nothing but encode, beside others that do the same: without torch, transformers is imported in
+a fifth of the time.
+"""
 
 
 @dataclass(frozen=True)
@@ -53,9 +46,11 @@ class Encodings:
 
     task: EncodeTask
     records: int
-    rejected: tuple[BadRecord, ...]
+    rejected: Offenders
     truncated: int
     overlong_dropped: int
+    sample_bytes: dict[Split, int]
+    """Bytes of the encoded samples, duplicates included: the same in all, however the sources are cut."""
 
 
 def encode_part(task: EncodeTask) -> Encodings:
@@ -65,12 +60,12 @@ def encode_part(task: EncodeTask) -> Encodings:
             return _from_metadata(task, pa.ipc.open_file(file).schema.metadata[b"vtmix"])
     encoder = _encoder(task.model, task.revision, task.tokenizer, task.encoding.model_dump_json())
     rows: list[dict[str, Any]] = []
-    rejected: list[BadRecord] = []
+    rejected: list[str] = []
     records = truncated = dropped = 0
     for item in _encoded(encoder, list(read_part(task.part))):
         records += 1
         if isinstance(item, BadRecord):
-            rejected.append(item)
+            rejected.append(f"{item.where}: {item.why}")
             continue
         where, turns, encoded = item
         cut = encoded is not None and encoded.truncated
@@ -79,8 +74,18 @@ def encode_part(task: EncodeTask) -> Encodings:
             continue
         truncated += cut
         rows.append(_row(task, where, turns, encoded))
-    result = Encodings(task, records, tuple(rejected), truncated, dropped)
-    commit.write_staged(task.out, _encoded_file(rows, result))
+    result = Encodings(
+        task=task,
+        records=records,
+        rejected=Offenders(len(rejected), tuple(rejected[:LISTED])),
+        truncated=truncated,
+        overlong_dropped=dropped,
+        sample_bytes={
+            "train": sum(len(row["mds"]) for row in rows if not row["held_out"]),
+            "eval": sum(len(row["mds"]) for row in rows if row["held_out"]),
+        },
+    )
+    write_ipc(task.out, _table(rows, result))
     return result
 
 
@@ -99,10 +104,6 @@ def _encoded(
 
 @functools.lru_cache(maxsize=2)
 def _encoder(model: str, revision: str | None, digest: str, encoding: str) -> Encoder:
-    if multiprocessing.parent_process():
-        # This process does nothing but tokenise, beside others that do the same. Without torch, transformers is
-        # imported in a fifth of the time.
-        os.environ.update(USE_TORCH="0", TRANSFORMERS_NO_ADVISORY_WARNINGS="1", TOKENIZERS_PARALLELISM="false")
     tokenizer = load_tokenizer(model, revision)
     if tokenizer_digest(tokenizer) != digest:
         raise ConfigError(f"model: {model!r} gives a worker another tokenizer than it gave at the start of the build")
@@ -113,10 +114,10 @@ def _row(task: EncodeTask, where: str, turns: Conversation, encoded: Encoded) ->
     identity = sample_id(turns)
     sample = mds.Sample(domain=task.domain, input_ids=encoded.input_ids, labels=encoded.labels, sample_id=identity)
     held_out = task.eval_source or (
-        task.eval_fraction is not None and _hash(identity, task.seed, "held out") < task.eval_fraction * 2**64
+        task.eval_fraction is not None and sample_hash(identity, task.seed, "held out") < task.eval_fraction * 2**64
     )
     return {
-        "key": _hash(identity, task.seed, "order"),
+        "key": order_key(identity, task.seed),
         "held_out": held_out,
         "where": where,
         "text": None if held_out else text_of(turns),
@@ -127,25 +128,20 @@ def _row(task: EncodeTask, where: str, turns: Conversation, encoded: Encoded) ->
     }
 
 
-def _hash(identity: str, seed: int, purpose: str) -> int:
-    """64 bits of a keyed hash of a sample id."""
-    key = f"{purpose} {seed}".encode()
-    return int.from_bytes(hashlib.blake2b(identity.encode(), key=key, digest_size=8).digest(), "big")
-
-
-def _encoded_file(rows: list[dict[str, Any]], result: Encodings) -> bytes:
+def _table(rows: list[dict[str, Any]], result: Encodings) -> pa.Table:
     rows.sort(key=lambda row: (row["key"], row["sample_id"]))
     metadata = {
         "records": result.records,
         "rejected": result.rejected,
         "truncated": result.truncated,
         "overlong_dropped": result.overlong_dropped,
+        "sample_bytes": result.sample_bytes,
     }
     schema = ENCODED_SCHEMA.with_metadata({"vtmix": json.dumps(metadata)})
-    return ipc_bytes(pa.Table.from_pylist(rows, schema=schema))
+    return pa.Table.from_pylist(rows, schema=schema)
 
 
 def _from_metadata(task: EncodeTask, raw: bytes) -> Encodings:
     content = json.loads(raw)
-    content["rejected"] = tuple(BadRecord(*bad) for bad in content["rejected"])
-    return Encodings(task=task, **content)
+    total, lines = content.pop("rejected")
+    return Encodings(task=task, rejected=Offenders(total, tuple(lines)), **content)

@@ -43,13 +43,10 @@ def read_ipc(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def ipc_bytes(table: pa.Table, rows: int | None = None) -> bytes:
-    """The content of an Arrow file, in record batches of so many rows (None: one)."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
+def write_ipc(path: Path, table: pa.Table, rows: int | None = None) -> None:
+    """Writes an Arrow file of a staging folder, completely or not at all, in batches of so many rows (None: one)."""
+    with commit.staged(path, table.nbytes) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=rows)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
 
 
 def batch_rows(samples: int, sample_bytes: int) -> int:

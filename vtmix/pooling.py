@@ -1,24 +1,29 @@
-"""Builds pools: maps over the parts of the sources (parts.py), refuses what must not be trained on, and reduces each
-domain's parts to its pool (reduce.py).
+"""Builds pools: maps over the parts of the sources (parts.py), reduces each domain range by range of keys (reduce.py),
+refuses what must not be trained on, and assembles and publishes each pool (assemble.py).
 
-The result does not depend on how the sources were cut or on how many workers ran.
+The result does not depend on how the sources were cut, on how many workers ran, or on who did the work. Workers write
+into the folders `encoded` and `reduced` of a staging folder, and only this process into the one that is published: a
+worker that was given up for dead and still writes can touch no pool. A worker holds one part of a source or one range
+of keys at a time, this process a few numbers of each.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeVar
 
-import polars as pl
-
-from vtmix import commit, distribute, mds, progress
+from vtmix import cluster, commit, distribute, progress, reduce
 from vtmix.artifacts import Inputs, PoolManifest, fingerprint, run_folder
+from vtmix.assemble import write_pool
 from vtmix.encode import load_tokenizer, tokenizer_digest
-from vtmix.errors import LeakError, RecordError, listing
-from vtmix.parts import EncodeTask, Encodings, encode_part
-from vtmix.pool import mirror, open_pool, pool_store, push
-from vtmix.reduce import EncodedDomain, write_pool
+from vtmix.errors import LISTED, LeakError, Offenders, RecordError, listing
+from vtmix.leaks import CommittedPart, CommittedPool, EvalSplits, committed_leaks
+from vtmix.parts import ENVIRONMENT, EncodeTask, Encodings, encode_part
+from vtmix.pool import mirror, pool_store, push
+from vtmix.ranges import EncodedDomain, Split, key_ranges
+from vtmix.reduce import Reduced, ReduceTask, reduce_range
 from vtmix.settings import LanguageModel, MixtureConfig
 from vtmix.sources import SourceParts, open_source
 from vtmix.stores import Store
@@ -27,30 +32,56 @@ WORKER_BYTES = 16 << 20
 """Text from which on another worker process is worth its start: seconds of imports, and the tokenizer itself uses every
 core within one process.
 """
-LISTED = 100
-ENCODED = "encoded"
+WORKER_RANGES = 8
+"""Ranges from which on another worker process is worth its start."""
 
 Sources = Mapping[str, Sequence[SourceParts]]
 """The opened sources of a domain: `train` and `eval`."""
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class _Building:
     """One domain on its way to a pool."""
 
-    domain: str
     inputs: Inputs
     final: Path
     staging: Path
+    encoded: EncodedDomain
     tasks: tuple[EncodeTask, ...]
 
 
-class _Leak(NamedTuple):
-    """A training sample that also stands in an eval split."""
+@dataclass(frozen=True)
+class _Workers:
+    """Who does the work: `count` workers, or as many as there are cores and the work justifies."""
 
-    domain: str
-    sample_id: str
-    what: str
+    backend: distribute.Backend
+    count: int | None
+
+    def map(
+        self,
+        function: Callable[[Task], Result],
+        tasks: Sequence[Task],
+        justified: int,
+        what: str,
+        unit: str,
+    ) -> list[Result]:
+        """The results of all tasks, in order of completion."""
+        workers = self.count
+        if workers is None and self.backend != "ray":
+            workers = min(distribute.cores(), justified)
+        if workers is not None:
+            workers = max(1, min(workers, len(tasks)))
+        found = []
+        with progress.bar(what, len(tasks), unit) as advance:
+            for result in distribute.run(
+                function, tasks, backend=self.backend, workers=workers, environment=ENVIRONMENT
+            ):
+                found.append(result)
+                advance(1)
+        return found
 
 
 def build(
@@ -64,49 +95,86 @@ def build(
     """Builds every domain's pool that is not committed yet, and returns all of them.
 
     `folder` and `model` (defaults: the run's) give another place and another tokenizer. Without `workers`, there are as
-    many as the cores and the amount of text justify. Raises RecordError naming every source or record that cannot be
-    used, LeakError naming training samples that stand in an eval split, ConflictError where a pool exists that was made
-    from other inputs; then nothing is published.
+    many as the cores and the amount of data justify; with the backend `ray`, as many as the cluster has CPUs, on which
+    sources and folder have to be visible by the same paths. Raises RecordError naming every source or record that
+    cannot be used, LeakError naming training samples that stand in an eval split, ConflictError where a pool exists
+    that was made from other inputs, ConfigError where the pools would be lost after a job; then nothing is published.
     """
-    folder = folder or run_folder(config).pools
+    run = run_folder(config)
+    cluster.require_durable(run)
+    folder = folder or run.pools
     stores = {} if model else {name: store for name in config.domains if (store := pool_store(config, name))}
     with commit.lock(folder, "pool"):
         for name, store in stores.items():
             mirror(store, folder / name)
         pools, buildings = _outstanding(config, folder, model or config.model)
         if buildings:
-            encodings = _encode_all(buildings, backend, workers)
-            _refuse_bad_records(encodings, config)
-            encoded = {building.domain: EncodedDomain([task.out for task in building.tasks]) for building in buildings}
-            leaks = _leaks(encoded, pools, folder, stores)
-            _refuse_leaks(leaks, pools, config)
-            for building in buildings:
-                mine = [found for found in encodings if found.task.domain == building.domain]
-                dropped = [leak.sample_id for leak in leaks if leak.domain == building.domain]
-                pools[building.domain] = _reduce(building, mine, encoded.pop(building.domain), dropped, config)
+            with cluster.connect() if backend == "ray" else nullcontext():
+                pools |= _build(config, folder, pools, buildings, stores, _Workers(backend, workers))
         for name, store in stores.items():
             push(folder / name, store)
     return {name: pools[name] for name in config.domains}
 
 
+def _build(
+    config: MixtureConfig,
+    folder: Path,
+    pools: Mapping[str, PoolManifest],
+    buildings: Mapping[str, _Building],
+    stores: Mapping[str, Store],
+    workers: _Workers,
+) -> dict[str, PoolManifest]:
+    """Builds the outstanding pools, held against those that are committed."""
+    encodings = _encode_all(buildings, workers)
+    _refuse_bad_records(encodings, config)
+    committed = tuple(
+        CommittedPool(name, folder / name, pools[name].inputs is not None, stores.get(name)) for name in pools
+    )
+    fresh = tuple(building.encoded for building in buildings.values())
+    inputs = {name: pool.inputs or pool.fingerprint() for name, pool in pools.items()}
+    inputs |= {name: building.inputs for name, building in buildings.items()}
+    splits = EvalSplits(fresh, committed, config.pool.seed)
+    reduced = _reduce_all(buildings, encodings, splits, fingerprint(inputs), workers)
+    parts = [
+        CommittedPart(pool, number, EvalSplits(fresh, (), config.pool.seed))
+        for pool in committed
+        for number, part in enumerate(pools[pool.domain].parts)
+        if part.samples
+    ]
+    leaks = workers.map(committed_leaks, parts, len(parts) // WORKER_RANGES, "searching committed pools", "parts")
+    _refuse_leaks([part.leaks for part in reduced], sorted(leaks), config)
+    return {
+        name: _publish(
+            building,
+            [found for found in encodings if found.task.domain == name],
+            [found for found in reduced if found.task.encoded.domain == name],
+            config,
+        )
+        for name, building in buildings.items()
+    }
+
+
 def _outstanding(
     config: MixtureConfig, folder: Path, model: LanguageModel
-) -> tuple[dict[str, PoolManifest], list[_Building]]:
+) -> tuple[dict[str, PoolManifest], dict[str, _Building]]:
     """The pools that are committed, and what is to be built."""
     opened = _open_sources(config)
     location = config.model_location(model)
     tokenizer = tokenizer_digest(load_tokenizer(location, model.revision))
-    pools, buildings = {}, []
+    pools, buildings = {}, {}
     for domain, sources in opened.items():
         inputs = _inputs(config, domain, tokenizer, sources)
-        committed = PoolManifest.committed(folder / domain / "pool.json", inputs)
+        final = folder / domain
+        committed = PoolManifest.committed(final / "pool.json", inputs)
         if committed is not None:
+            commit.discard_staging(final)  # left by a build that was killed when it had just published
             pools[domain] = committed
             continue
         parts = [(part, split == "eval") for split in sources for source in sources[split] for part in source.parts]
         # Encoded parts that an interrupted build left are taken up only where the sources are cut in the same way.
         cuts = [(part.name, part.start, part.stop) for part, _ in parts]
-        staging = commit.staging_folder(folder / domain, fingerprint({"inputs": inputs, "cuts": cuts}))
+        staging = commit.staging_folder(final, fingerprint({"inputs": inputs, "cuts": cuts}))
+        encoded = EncodedDomain(domain, staging / "encoded", len(parts))
         tasks = tuple(
             EncodeTask(
                 domain=domain,
@@ -118,11 +186,11 @@ def _outstanding(
                 encoding=config.encoding,
                 seed=config.pool.seed,
                 eval_fraction=inputs["eval_fraction"],
-                out=staging / ENCODED / f"{number:06d}.arrow",
+                out=encoded.part(number),
             )
             for number, (part, is_eval) in enumerate(parts)
         )
-        buildings.append(_Building(domain, inputs, folder / domain, staging, tasks))
+        buildings[domain] = _Building(inputs, final, staging, encoded, tasks)
     return pools, buildings
 
 
@@ -157,88 +225,83 @@ def _inputs(config: MixtureConfig, domain: str, tokenizer: str, opened: Sources)
     }
 
 
-def _encode_all(buildings: Sequence[_Building], backend: distribute.Backend, workers: int | None) -> list[Encodings]:
-    tasks = [task for building in buildings for task in building.tasks]
-    for building in buildings:
-        commit.make_folder(building.staging / ENCODED)
-    if workers is None and backend != "ray":
-        text = sum(task.part.size for task in tasks if not task.out.exists())
-        workers = min(distribute.cores(), text // WORKER_BYTES)
-    if workers is not None:
-        workers = max(1, min(workers, len(tasks)))
-    found = []
-    with progress.bar("encoding records", len(tasks), "parts") as advance:
-        for encodings in distribute.run(encode_part, tasks, backend=backend, workers=workers):
-            found.append(encodings)
-            advance(1)
+def _encode_all(buildings: Mapping[str, _Building], workers: _Workers) -> list[Encodings]:
+    tasks = [task for building in buildings.values() for task in building.tasks]
+    for building in buildings.values():
+        commit.make_folder(building.encoded.folder)
+    text = sum(task.part.size for task in tasks if not task.out.exists())
+    found = workers.map(encode_part, tasks, text // WORKER_BYTES, "encoding records", "parts")
     return sorted(found, key=lambda done: done.task.out)
 
 
 def _refuse_bad_records(encodings: Sequence[Encodings], config: MixtureConfig) -> None:
-    bad = [f"{found.where}: {found.why}" for part in encodings for found in part.rejected]
-    if len(bad) > config.pool.max_bad_records:
+    rejected = _together([part.rejected for part in encodings])
+    if rejected.total > config.pool.max_bad_records:
         raise RecordError(
-            f"{len(bad):,} of {sum(part.records for part in encodings):,} records cannot be used "
-            f"(pool.max_bad_records is {config.pool.max_bad_records}), no pool was built:\n  {listing(bad, LISTED)}"
+            f"{rejected.total:,} of {sum(part.records for part in encodings):,} records cannot be used "
+            f"(pool.max_bad_records is {config.pool.max_bad_records}), no pool was built:\n"
+            f"  {listing(rejected.first, LISTED, count=rejected.total)}"
         )
 
 
-def _leaks(
-    encoded: Mapping[str, EncodedDomain], pools: Mapping[str, PoolManifest], folder: Path, stores: Mapping[str, Store]
-) -> list[_Leak]:
-    """Every training sample that also stands in an eval split, unless both were committed before."""
-    fresh = {identity: domain for domain, samples in encoded.items() for identity in samples.held_out["sample_id"]}
-    committed = {sample["sample_id"]: domain for domain in pools for sample in mds.Samples(folder / domain / "eval")}
-    held_out = committed | fresh
-    leaks = []
-    for domain, samples in encoded.items():
-        hits = samples.train.filter(pl.col("sample_id").is_in(list(held_out)))
-        for where, identity in zip(samples.where(hits), hits["sample_id"], strict=True):
-            what = f"{where}: sample {identity} of '{domain}' also stands in the eval split of '{held_out[identity]}'"
-            leaks.append(_Leak(domain, identity, what))
-    for domain in pools:
-        for identity in open_pool(folder / domain, stores.get(domain)).sample_ids():
-            if identity in fresh:
-                what = f"sample {identity} of '{domain}' also stands in the eval split of '{fresh[identity]}'"
-                leaks.append(_Leak(domain, identity, f"{folder / domain}: {what}"))
-    return leaks
+def _reduce_all(
+    buildings: Mapping[str, _Building],
+    encodings: Sequence[Encodings],
+    splits: EvalSplits,
+    inputs: str,
+    workers: _Workers,
+) -> list[Reduced]:
+    both: tuple[Split, ...] = ("train", "eval")
+    tasks = []
+    for name, building in buildings.items():
+        folder = building.staging / "reduced"
+        commit.make_folder(folder)
+        for split in both:
+            size = sum(found.sample_bytes[split] for found in encodings if found.task.domain == name)
+            for number, keys in enumerate(key_ranges(size, reduce.PART_BYTES)):
+                tasks.append(ReduceTask(building.encoded, split, number, keys, splits, inputs, folder))
+    found = workers.map(reduce_range, tasks, len(tasks) // WORKER_RANGES, "putting samples in order", "ranges")
+    return sorted(found, key=lambda done: done.task.out)
 
 
-def _refuse_leaks(leaks: Sequence[_Leak], pools: Mapping[str, PoolManifest], config: MixtureConfig) -> None:
+def _refuse_leaks(fresh: Sequence[Offenders], committed: Sequence[Offenders], config: MixtureConfig) -> None:
     """Raises LeakError where leaks stop the build, or stand in a pool that is committed and so cannot drop them."""
+    leaks = _together([*fresh, *committed])
     remedy = "remove them, or set pool.leak to 'drop'"
     if config.pool.leak == "drop":
-        leaks = [leak for leak in leaks if leak.domain in pools]
+        leaks = _together(committed)
         remedy = "a committed pool cannot drop them: remove them from the eval split, or start another pool folder"
-    if leaks:
+    if leaks.total:
         raise LeakError(
-            f"{len(leaks):,} training samples also stand in an eval split, no pool was built ({remedy}):\n"
-            f"  {listing((leak.what for leak in leaks), LISTED)}"
+            f"{leaks.total:,} training samples also stand in an eval split, no pool was built ({remedy}):\n"
+            f"  {listing(leaks.first, LISTED, count=leaks.total)}"
         )
 
 
-def _reduce(
-    building: _Building,
-    encodings: Sequence[Encodings],
-    encoded: EncodedDomain,
-    leaks: Sequence[str],
-    config: MixtureConfig,
+def _together(found: Sequence[Offenders]) -> Offenders:
+    return Offenders(sum(some.total for some in found), tuple(line for some in found for line in some.first))
+
+
+def _publish(
+    building: _Building, encodings: Sequence[Encodings], reduced: Sequence[Reduced], config: MixtureConfig
 ) -> PoolManifest:
-    """Writes and publishes one domain's pool."""
-    staging = building.staging
-    for left in staging.iterdir():  # by an interrupted build, whose leaks may have been others
-        if left.name != ENCODED:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    """Assembles and publishes one domain's pool."""
+    folder = building.staging / "pool"
+    if folder.exists():  # left by an interrupted build
+        shutil.rmtree(folder)
+    train = [part for part in reduced if part.task.split == "train"]
+    held_out = [part for part in reduced if part.task.split == "eval"]
     manifest = PoolManifest(
         inputs=building.inputs,
-        domain=building.domain,
+        domain=building.encoded.domain,
         records=sum(part.records for part in encodings),
-        rejected=sum(len(part.rejected) for part in encodings),
+        rejected=sum(part.rejected.total for part in encodings),
         truncated=sum(part.truncated for part in encodings),
         overlong_dropped=sum(part.overlong_dropped for part in encodings),
-        **write_pool(staging, encoded, leaks, config.pool.texts),
+        **write_pool(folder, train, held_out, config.pool.texts),
     )
-    commit.write_staged(staging / "pool.json", manifest.text())
-    shutil.rmtree(staging / ENCODED)
-    commit.publish_folder(staging, building.final)
+    commit.write_staged(folder / "pool.json", manifest.text())
+    commit.publish_folder(folder, building.final)
+    # A worker that was given up for dead may still write there: what is left is removed by the next build.
+    shutil.rmtree(building.staging, ignore_errors=True)
     return manifest

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vtmix import batches, cluster, commit, pool, pooling, progress
+from vtmix import batches, cluster, commit, distribute, pool, pooling, progress
 from vtmix.artifacts import DomainLoss, Inputs, PoolManifest, Reference, ReferenceLoss, RunFolder, run_folder
 from vtmix.encode import load_tokenizer, tokenizer_digest
 from vtmix.errors import ConfigError, LossError, MixtureError
@@ -232,7 +232,7 @@ def _on_ray(jobs: Sequence[Job]) -> Iterator[tuple[Job, ReferenceLoss]]:
         pending = {task.remote(job): job for job in jobs}
         while pending:
             done, _ = ray.wait(list(pending))
-            yield pending.pop(done[0]), _result(done[0])
+            yield pending.pop(done[0]), distribute.ray_result(done[0])
 
 
 def _gpus(settings: Settings, there: float) -> float:
@@ -240,16 +240,6 @@ def _gpus(settings: Settings, there: float) -> float:
     if settings.resources.gpus or settings.device == "cpu":
         return settings.resources.gpus
     return 1 if there or settings.device.startswith("cuda") else 0
-
-
-def _result(task: Any) -> ReferenceLoss:
-    import ray
-
-    try:
-        loss: ReferenceLoss = ray.get(task)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    return loss
 
 
 def _pools(config: MixtureConfig, run: RunFolder) -> tuple[Path, str]:
