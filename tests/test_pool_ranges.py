@@ -180,10 +180,11 @@ def test_committed_pools_of_many_parts_are_held_against_a_new_domain_in_both_dir
 
 def test_an_eval_split_written_by_hand_need_not_be_in_pool_order(tmp_path):
     encoded = [mds.encode_sample(sample) for sample in samples("law", 9)]
-    data = mds.header(np.array(list(map(len, encoded))), 1 << 20) + b"".join(encoded)
+    layout = mds.Layout(1 << 20)
+    data = layout.header(np.array(list(map(len, encoded)))) + b"".join(encoded)
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / mds.shard_name(0)).write_bytes(data)
-    (tmp_path / "eval" / mds.INDEX).write_bytes(mds.index([(9, len(data))], 1 << 20))
+    (tmp_path / "eval" / mds.INDEX).write_bytes(layout.index([mds.ShardSize(9, len(data))]))
     pool = CommittedPool("law", tmp_path, in_order=False)
     found = [set(pool.held_out(keys, 0)) for keys in (KeyRange(0, KEYS // 2 - 1), KeyRange(KEYS // 2, KEYS - 1))]
     assert found[0] | found[1] == {f"law-{number:06d}" for number in range(9)}
