@@ -16,6 +16,7 @@ from vtmix.artifacts import (
     Inputs,
     Manifest,
     MixtureFile,
+    Packed,
     Plan,
     Weights,
     fingerprint,
@@ -24,7 +25,7 @@ from vtmix.artifacts import (
 from vtmix.errors import ConflictError, MixtureError, VtmixError
 from vtmix.plan import make_plan
 from vtmix.pool import Pool, open_pool
-from vtmix.settings import MixtureConfig
+from vtmix.settings import MixtureConfig, Packing
 from vtmix.shards import ShardReport, ShardWriter, settle
 from vtmix.staging import MANIFEST, FolderStaging, Staging
 
@@ -55,6 +56,7 @@ def planned(config: MixtureConfig, epoch: int, pools: Mapping[str, Pool]) -> Pla
         samples=config.samples_per_epoch,
         seed=config.seed,
         shard_bytes=config.mixture.shard_bytes,
+        packing=config.mixture.packing,
         max_passes=config.mixture.max_passes,
         previous=previous,
     )
@@ -81,6 +83,7 @@ def mixture_inputs(plan: Plan, layout: mds.Layout) -> Inputs:
         "format": FORMAT,
         "shard_bytes": layout.size_limit,
         "compression": layout.compression,
+        "packing": layout.packing and layout.packing.model_dump(),
         "plan": plan.model_dump(mode="json", exclude={"inputs"}),
     }
 
@@ -91,14 +94,13 @@ def made_from(manifest: Manifest) -> tuple[Plan, mds.Layout]:
     Raises ValueError, TypeError or KeyError when its inputs are not those of a mixture.
     """
     inputs = manifest.inputs or {}
-    return Plan.model_validate(inputs["plan"]), mds.Layout(
-        int(inputs["shard_bytes"]), compression=inputs["compression"]
-    )
+    packing = inputs["packing"] and Packing.model_validate(inputs["packing"])
+    return Plan.model_validate(inputs["plan"]), mds.Layout(int(inputs["shard_bytes"]), inputs["compression"], packing)
 
 
 def layout_of(config: MixtureConfig) -> mds.Layout:
     """The layout of a configuration's mixtures."""
-    return mds.Layout(config.mixture.shard_bytes, compression=config.mixture.compression)
+    return mds.Layout(config.mixture.shard_bytes, config.mixture.compression, config.mixture.packing)
 
 
 def compile_epoch(config: MixtureConfig, epoch: int, workers: int | None = None) -> tuple[Manifest, bool]:
@@ -134,7 +136,7 @@ def _compile(writer: ShardWriter, inputs: Inputs, final: Path, workers: int | No
     staging = FolderStaging(final, identity)
     shards = _write_shards(writer, staging, workers)
     index = writer.layout.index([shard.size for shard in shards])
-    manifest = _manifest(writer.plan, inputs, identity, index, shards)
+    manifest = _manifest(writer, inputs, identity, index, shards)
     staging.publish(index, manifest.text())
     return manifest
 
@@ -154,10 +156,19 @@ def _write_shards(writer: ShardWriter, staging: Staging, workers: int | None) ->
     return sorted(reports, key=lambda report: report.number)
 
 
-def _manifest(plan: Plan, inputs: Inputs, identity: str, index: bytes, shards: Sequence[ShardReport]) -> Manifest:
+def _manifest(
+    writer: ShardWriter, inputs: Inputs, identity: str, index: bytes, shards: Sequence[ShardReport]
+) -> Manifest:
+    plan = writer.plan
     files = [MixtureFile(name=mds.INDEX, bytes=len(index), sha256=hashlib.sha256(index).hexdigest())]
     files += [
-        MixtureFile(name=shard.name, bytes=shard.bytes, sha256=shard.sha256, raw_bytes=shard.raw_bytes)
+        MixtureFile(
+            name=shard.name,
+            bytes=shard.bytes,
+            sha256=shard.sha256,
+            raw_bytes=shard.raw_bytes,
+            sequences=shard.sequences,
+        )
         for shard in shards
     ]
     domains = {
@@ -170,17 +181,27 @@ def _manifest(plan: Plan, inputs: Inputs, identity: str, index: bytes, shards: S
         )
         for name, domain in plan.domains.items()
     }
+    tokens = sum(domain.tokens for domain in domains.values())
     return Manifest(
         inputs=inputs,
         epoch=plan.epoch,
         fingerprint_of_inputs=identity,
         knowledge=plan.knowledge,
         samples=plan.samples,
-        tokens=sum(domain.tokens for domain in domains.values()),
+        tokens=tokens,
         bytes=sum(shard.bytes for shard in shards),
+        packing=packed(writer.layout, tokens, files),
         domains=domains,
         files=tuple(files),
     )
+
+
+def packed(layout: mds.Layout, tokens: int, files: Sequence[MixtureFile]) -> Packed | None:
+    """What a manifest says of the sequences of its files; None where samples are not packed."""
+    if layout.packing is None:
+        return None
+    sequences = sum(file.sequences or 0 for file in files)
+    return Packed(sequences=sequences, utilisation=tokens / max(sequences * layout.packing.length, 1))
 
 
 def describe(plan: Plan, config: MixtureConfig) -> str:
@@ -198,6 +219,8 @@ def describe(plan: Plan, config: MixtureConfig) -> str:
 def summarise(manifest: Manifest, folder: Path, *, fresh: bool) -> str:
     """What a compile did, in one line."""
     size = f"{manifest.samples:,} samples, {manifest.tokens:,} tokens, {manifest.bytes / 2**20:.1f} MiB"
+    if manifest.packing:
+        size += f", {manifest.packing.sequences:,} sequences {manifest.packing.utilisation:.1%} full"
     state = "committed" if fresh else "up to date"
     return f"{state}: {folder} ({size} in {len(manifest.files) - 1} shards)"
 
