@@ -1,6 +1,6 @@
 """How fast vtmix compiles a mixture, beside MosaicML's MDSWriter and `cp -r`, in one run.
 
-    python benchmarks/compile.py [--quick] [--json]
+    python benchmarks/compile.py [--quick] [--json] [--packing 2048]
 
 All three put the same samples into the same shards: vtmix from its pools, MDSWriter from the same samples already
 tokenised and in memory, cp from the finished mixture. Every peer starts with its input in the page cache, and ends when
@@ -11,13 +11,14 @@ The corpus is benchmarks/shared.py's, the tokenizer is the quickstart's.
 import argparse
 import contextlib
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,7 +26,7 @@ from unittest import mock
 from shared import QUICKSTART, corpus, end, run
 
 from vtmix import compile as compiler
-from vtmix import config, mds
+from vtmix import config, mds, verify
 from vtmix.artifacts import Weights, run_folder
 from vtmix.errors import VtmixError
 from vtmix.pooling import build
@@ -40,13 +41,14 @@ def sources() -> dict[str, Path]:
     return found
 
 
-def prepare(folder: Path, samples: int) -> MixtureConfig:
+def prepare(folder: Path, samples: int, packing: int | None) -> MixtureConfig:
     """Pools of the corpus and weights by their size, so that every sample appears equally often."""
     domains = {name: {"train": str(path)} for name, path in sources().items()}
     raw: dict[str, Any] = {
         "model": str(QUICKSTART / "model"),
         "domains": domains,
         "samples_per_epoch": samples,
+        "mixture": {"packing": packing and {"length": packing}},
         "weights": {"algorithm": "uniform"},
     }
     settings = config.validate(raw, folder / "mixture.yaml")
@@ -78,13 +80,13 @@ def child(root: Path, workers: int, *, flush: bool) -> None:
     print(json.dumps([seconds, int(status["VmHWM"].split()[0]) / 1024]))
 
 
-def mdswriter_seconds(folder: Path, samples: list[Any], *, flush: bool) -> float:
+def mdswriter_seconds(folder: Path, samples: list[Any], columns: Mapping[str, str], *, flush: bool) -> float:
     """Seconds MDSWriter takes for samples in memory."""
     from streaming import MDSWriter
 
     shutil.rmtree(folder, ignore_errors=True)
     start = time.perf_counter()
-    with MDSWriter(out=str(folder), columns=dict(mds.COLUMNS)) as writer:
+    with MDSWriter(out=str(folder), columns=dict(columns)) as writer:
         for sample in samples:
             writer.write(sample)
     if flush:
@@ -133,11 +135,15 @@ def compare(settings: MixtureConfig, options: argparse.Namespace, *, flush: bool
     size = sum(path.stat().st_size for path in final.iterdir())
     os.sync()
     copy = best(options.repeat, lambda: cp_seconds(final, settings.root / "copy", flush=flush))
-    samples = list(some_samples(settings, options.peer_samples))
+    manifest = verify.open_manifest(final)
+    share = min(1.0, options.peer_samples / manifest.samples)
+    rows = list(some_samples(settings, math.ceil(share * len(mds.Samples(final)))))
     os.sync()
-    peer = mdswriter_seconds(settings.root / "peer", samples, flush=flush) / len(samples)
+    columns = compiler.layout_of(settings).columns
+    peer = mdswriter_seconds(settings.root / "peer", rows, columns, flush=flush) / (share * manifest.samples)
     rate = settings.samples_per_epoch / seconds
     return {
+        **({"utilisation": manifest.packing.utilisation} if manifest.packing else {}),
         "ratio_mdswriter": rate * peer,
         "ratio_cp": copy / seconds,
         "samples_per_s": rate,
@@ -155,6 +161,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a tenth of the samples, one repetition")
     parser.add_argument("--samples", type=int, help="samples of the epoch (default: 300000)")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--packing", type=int, help="pack into sequences of so many tokens (MDSWriter gets them packed)"
+    )
     parser.add_argument("--folder", type=Path, help="where to work (default: the temporary folder)")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--unflushed", action="store_true", help=argparse.SUPPRESS)
@@ -166,7 +175,7 @@ def main() -> int:
     options.repeat = 1 if options.quick else 3
     options.peer_samples = 10_000 if options.quick else 50_000
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        settings = prepare(Path(folder), options.samples)
+        settings = prepare(Path(folder), options.samples, options.packing)
         (Path(folder) / "mixture.json").write_text(json.dumps(settings.model_dump(mode="json")))
         flushed = compare(settings, options, flush=True)
         unflushed = compare(settings, options, flush=False)
