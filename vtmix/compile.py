@@ -190,13 +190,13 @@ def _manifest(
         samples=plan.samples,
         tokens=tokens,
         bytes=sum(shard.bytes for shard in shards),
-        packing=packed(writer.layout, tokens, files),
+        packing=packing_of(writer.layout, tokens, files),
         domains=domains,
         files=tuple(files),
     )
 
 
-def packed(layout: mds.Layout, tokens: int, files: Sequence[MixtureFile]) -> Packed | None:
+def packing_of(layout: mds.Layout, tokens: int, files: Sequence[MixtureFile]) -> Packed | None:
     """What a manifest says of the sequences of its files; None where samples are not packed."""
     if layout.packing is None:
         return None

@@ -1,8 +1,9 @@
 """Writes MDS shards from pools by gathering sample bytes that are ready: the hot path.
 
 Per shard and domain one contiguous window of the pool is memory-mapped; runs of samples are put in order by Arrow, with
-the interpreter lock released, then hashed and written while they are in a core's cache. A shard depends on the plan and
-the pools alone, so any worker can write it.
+the interpreter lock released, then hashed and written while they are in a core's cache. Where samples are packed, the
+whole shard is put in order, and sequences.py makes its sequences. A shard depends on the plan and the pools alone, so
+any worker can write it.
 """
 
 import hashlib
@@ -205,7 +206,7 @@ class ShardWriter:
         )
 
     def content(self, task: ShardTask) -> Iterator[Data]:
-        """The bytes of a shard before compression, in runs of about GATHER_BYTES."""
+        """The bytes of a shard before compression, in runs of about GATHER_BYTES, or of a sequence."""
         lengths, runs = self._samples(task, self._windows(task))
         return itertools.chain([self.layout.header(lengths)], runs)
 

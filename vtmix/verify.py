@@ -66,7 +66,7 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
     unpacked = [file.name for file in manifest.files if file.sequences is None]
     if unpacked != ([mds.INDEX] if layout.packing else names):
         yield "its files do not count their sequences as a mixture of these inputs does"
-    elif (made := compiler.packed(layout, manifest.tokens, manifest.files)) != manifest.packing:
+    elif (made := compiler.packing_of(layout, manifest.tokens, manifest.files)) != manifest.packing:
         yield f"it says packing {manifest.packing!r}, which should be {made!r}"
     if identity != manifest.fingerprint_of_inputs:
         yield "its inputs do not have the fingerprint it gives"
