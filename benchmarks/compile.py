@@ -1,6 +1,6 @@
 """How fast vtmix compiles a mixture, beside MosaicML's MDSWriter, LitData's optimize, `cp -r` and `zstd`, in one run.
 
-    python benchmarks/compile.py [--quick] [--json]
+    python benchmarks/compile.py [--quick] [--json] [--packing 2048]
 
 All put the same samples into shards of 64 MiB: vtmix from its pools, MDSWriter and LitData from the same samples
 already tokenised and in memory, cp from the finished mixture. Every peer starts with its input in the page cache, and
@@ -14,13 +14,14 @@ tokenizer is the quickstart's.
 import argparse
 import contextlib
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,7 +29,7 @@ from unittest import mock
 from shared import QUICKSTART, corpus, end, run
 
 from vtmix import compile as compiler
-from vtmix import config, mds
+from vtmix import config, mds, verify
 from vtmix.artifacts import Weights, run_folder
 from vtmix.errors import VtmixError
 from vtmix.pooling import build
@@ -43,13 +44,14 @@ def sources() -> dict[str, Path]:
     return found
 
 
-def prepare(folder: Path, domains: dict[str, Path], samples: int) -> MixtureConfig:
+def prepare(folder: Path, domains: dict[str, Path], samples: int, packing: int | None = None) -> MixtureConfig:
     """Pools of the domains and weights by their size, so that every sample appears equally often."""
     raw: dict[str, Any] = {
         "model": str(QUICKSTART / "model"),
         "domains": {name: {"train": str(path)} for name, path in domains.items()},
         "pool": {"leak": "drop"},
         "samples_per_epoch": samples,
+        "mixture": {"packing": packing and {"length": packing}},
         "weights": {"algorithm": "uniform"},
     }
     folder.mkdir(exist_ok=True)
@@ -99,13 +101,13 @@ def child(root: Path, workers: int, *, flush: bool) -> None:
     print(json.dumps({"seconds": seconds, "peak_mib": int(status["VmHWM"].split()[0]) / 1024}))
 
 
-def mdswriter_seconds(folder: Path, samples: list[Any], *, flush: bool) -> float:
+def mdswriter_seconds(folder: Path, samples: list[Any], columns: Mapping[str, str], *, flush: bool) -> float:
     """Seconds MDSWriter takes for samples in memory."""
     from streaming import MDSWriter
 
     shutil.rmtree(folder, ignore_errors=True)
     start = time.perf_counter()
-    with MDSWriter(out=str(folder), columns=dict(mds.COLUMNS)) as writer:
+    with MDSWriter(out=str(folder), columns=dict(columns)) as writer:
         for sample in samples:
             writer.write(sample)
     if flush:
@@ -189,12 +191,17 @@ def compare(settings: MixtureConfig, options: argparse.Namespace, *, flush: bool
     os.sync()
     copy = best(options.repeat, lambda: cp_seconds(final, settings.root / "copy", flush=flush))
     shutil.rmtree(settings.root / "copy")
-    samples = list(some_samples(settings, options.peer_samples))
+    manifest = verify.open_manifest(final)
+    share = min(1.0, options.peer_samples / manifest.samples)
+    rows = list(some_samples(settings, math.ceil(share * len(mds.Samples(final)))))
     os.sync()
-    mds_rate = len(samples) / mdswriter_seconds(settings.root / "peer", samples, flush=flush)
-    lit_rate = len(samples) / litdata_seconds(settings.root / "lit", samples, options.workers, flush=flush)
+    columns = compiler.layout_of(settings).columns
+    theirs = share * manifest.samples
+    mds_rate = theirs / mdswriter_seconds(settings.root / "peer", rows, columns, flush=flush)
+    lit_rate = theirs / litdata_seconds(settings.root / "lit", rows, options.workers, flush=flush)
     rate = settings.samples_per_epoch / took["seconds"]
     return {
+        **({"utilisation": manifest.packing.utilisation} if manifest.packing else {}),
         "ratio_mdswriter": rate / mds_rate,
         "ratio_litdata": rate / lit_rate,
         "ratio_cp": copy / took["seconds"],
@@ -243,6 +250,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a tenth of the samples, one repetition")
     parser.add_argument("--samples", type=int, help="samples of the epoch (default: 1,000,000)")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--packing", type=int, help="pack into sequences of so many tokens (MDSWriter gets them packed)"
+    )
     parser.add_argument("--folder", type=Path, help="where to work (default: the temporary folder)")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--unflushed", action="store_true", help=argparse.SUPPRESS)
@@ -255,7 +265,7 @@ def main() -> int:
     options.peer_samples = 10_000 if options.quick else 50_000
     sizes = (1_000, 10_000) if options.quick else (10_000, 100_000, 1_000_000, 10_000_000)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        settings = prepare(Path(folder) / "corpus", sources(), options.samples)
+        settings = prepare(Path(folder) / "corpus", sources(), options.samples, options.packing)
         flushed = compare(settings, options, flush=True)
         unflushed = compare(settings, options, flush=False)
         zstd = {level: compare_zstd(settings, options, level) for level in (1, 3)}

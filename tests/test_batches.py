@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtmix import batches
-from vtmix.encode import IGNORED, load_tokenizer
+from vtmix.encode import load_tokenizer
 from vtmix.errors import ConfigError
+from vtmix.mds import IGNORED
 
 PAD = 0
 
@@ -208,3 +209,100 @@ def test_held_out_samples_are_the_first_ones_in_order_of_length(monkeypatch, tmp
 def test_a_model_that_is_not_there_is_a_mistake_in_the_configuration(tmp_path):
     with pytest.raises(ConfigError, match="no safetensors model"):
         batches.load_model(str(tmp_path))
+
+
+# Packed samples
+
+
+def pack(samples, length, empty=0):
+    """The samples as one packed sample, and so many empty sequences after it."""
+    ids, labels = (np.concatenate([one[name] for one in samples]) for name in ("input_ids", "labels"))
+    tokens = [len(one["input_ids"]) for one in samples]
+    starts = np.cumsum([0, *tokens[:-1]])
+    labels[starts] = IGNORED
+    rest = length - len(ids)
+    sequence = {
+        "domains": ",".join(one["domain"] for one in samples),
+        "input_ids": np.pad(ids, (0, rest)),
+        "labels": np.pad(labels, (0, rest), constant_values=IGNORED),
+        "lengths": np.array(tokens, np.int32),
+        "position_ids": np.concatenate([np.arange(count, dtype=np.int32) for count in (*tokens, rest)]),
+        "sample_ids": ",".join(one["sample_id"] for one in samples),
+    }
+    blank = {
+        "domains": "",
+        "input_ids": np.zeros(length, np.int32),
+        "labels": np.full(length, IGNORED, np.int32),
+        "lengths": np.zeros(1, np.int32),
+        "position_ids": np.arange(length, dtype=np.int32),
+        "sample_ids": "",
+    }
+    return [sequence, *[blank] * empty]
+
+
+def total(model, batch):
+    """The summed loss of a batch and how many tokens it is of."""
+    import torch
+
+    with torch.no_grad():
+        found = batches.response_nats(model, batch).double()
+    return float(found.sum()), len(found)
+
+
+def attending(tiny_model, how):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=how).eval()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(2, 14), min_size=1, max_size=4), min_size=1, max_size=4),
+    empty=st.integers(0, 2),
+    cut=st.sampled_from([batches.split, batches.split_in_order]),
+    size=st.integers(1, 6),
+)
+def test_a_packed_batch_has_the_loss_of_its_samples(model, rows, empty, cut, size):
+    rng = np.random.default_rng(sum(map(sum, rows)))
+    samples = [[sample(rng.integers(3, 512, length)) for length in row] for row in rows]
+    expected = [total(model, batches.collate([one], PAD)) for row in samples for one in row]
+    batch = batches.collate([packed for row in samples for packed in pack(row, 64, empty)], PAD)
+    found = [total(model, part) for part in cut(batch, size)]
+    assert sum(tokens for _, tokens in found) == sum(tokens for _, tokens in expected)
+    assert sum(nats for nats, _ in found) == pytest.approx(sum(nats for nats, _ in expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("how", ["sdpa", "eager"])
+def test_no_token_of_a_member_moves_the_loss_of_another(tiny_model, how):
+    model = attending(tiny_model, how)
+    batches.require_apart(model)
+    first, other, second = sample([9, 8, 7, 6]), sample([70, 80, 90, 60]), sample([5, 6, 7, 8, 9])
+    alone = total(model, batches.collate([second], PAD))
+    for before in (first, other):
+        nats, tokens = total(model, batches.collate(pack([before, second], 12), PAD))
+        mine, count = total(model, batches.collate([before], PAD))
+        assert nats == pytest.approx(mine + alone[0], rel=1e-4)
+        assert tokens == count + alone[1]
+
+
+def test_a_model_to_which_members_are_no_strangers_is_refused(model):
+    def leaking(position_ids, **inputs):
+        return model(**inputs)
+
+    with pytest.raises(ConfigError, match=r"mixture\.packing: function lets the members of a packed sequence see each"):
+        batches.require_apart(leaking)
+
+
+def test_packed_batches_count_their_members_tokens_and_are_cut_to_the_longest_row():
+    rows = [*pack([sample([5, 6, 7], name="a"), sample([8, 9], name="b")], 12, empty=1), *pack([sample([4, 4])], 12)]
+    batch = batches.collate(rows, PAD)
+    assert batch["tokens"] == [5, 0, 2]
+    assert batch["sample_ids"] == ["a,b", "", "s"]
+    assert {str(batch[name].dtype) for name in ("input_ids", "labels", "position_ids")} == {"torch.int64"}
+    found = batches.split(batch, 1)
+    assert [(part["sample_ids"], tuple(part["labels"].shape)) for part in found] == [
+        ([""], (1, 1)),
+        (["s"], (1, 2)),
+        (["a,b"], (1, 5)),
+    ]
+    assert found[2]["position_ids"].tolist() == [[0, 1, 2, 0, 1]]

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from vtmix import encode
-from vtmix.encode import IGNORED, PLAIN_TEMPLATE, Encoder, load_tokenizer, tokenizer_digest
+from vtmix.encode import PLAIN_TEMPLATE, Encoder, load_tokenizer, tokenizer_digest
 from vtmix.errors import ConfigError
+from vtmix.mds import IGNORED
 from vtmix.records import Invalid, Turn
 from vtmix.settings import Encoding
 

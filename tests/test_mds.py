@@ -68,6 +68,27 @@ def test_a_truncated_sample_is_refused(length, data):
         mds.decode_sample(encoded[:kept])
 
 
+@given(st.lists(st.tuples(lengths, texts, texts), min_size=1, max_size=6))
+def test_token_ids_are_found_in_the_bytes_of_samples_without_decoding_them(content):
+    encoded = [mds.encode_sample(sample_of(*one)) for one in content]
+    data = np.frombuffer(b"".join(encoded), np.uint8)
+    tokens, ids, labels = mds.token_spans(data, np.cumsum([0, *map(len, encoded)]))
+    assert tokens.tolist() == [length for length, *_ in content]
+    for (length, *texts), first, second in zip(content, ids, labels, strict=True):
+        expected = sample_of(length, *texts)
+        for name, start in (("input_ids", first), ("labels", second)):
+            assert np.array_equal(data[start : start + 4 * length].view(np.int32), expected[name])
+
+
+@given(st.integers(0, 40), st.data())
+def test_token_ids_are_not_looked_for_in_samples_whose_sizes_do_not_add_up(length, data):
+    encoded = bytearray(mds.encode_sample(sample_of(length)))
+    encoded[data.draw(st.integers(0, 15))] ^= 1 << data.draw(st.integers(0, 7))
+    kept = data.draw(st.sampled_from([len(encoded), 15]))
+    with pytest.raises(DamageError, match="build the pools again"):
+        mds.token_spans(np.frombuffer(encoded[:kept], np.uint8), np.array([0, kept]))
+
+
 @pytest.mark.parametrize("shard_bytes", [1 << 26, 8192])
 def test_shards_and_index_equal_those_of_mosaicmls_writer(tmp_path, shard_bytes):
     from streaming import MDSWriter

@@ -48,37 +48,63 @@ def test_the_arrangement_is_read_in_both_directions(counts, seed):
         assert order.position(domain, rank) == position
 
 
-def test_every_sample_on_disk_is_traced_to_its_epochs_shards_and_steps(compiled):
-    expected = {}
+def members(folder):
+    """The ids in every row of a mixture, read as MDS by MosaicML's reader."""
+    from streaming import StreamingDataset
+
+    for row in StreamingDataset(local=str(folder), shuffle=False, num_canonical_nodes=1, batch_size=1):
+        yield row["sample_ids"].split(",") if "sample_ids" in row else [row["sample_id"]]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """Three epochs of packed sequences, which have not equally many steps."""
+    packing = {"shard_bytes": 16384, "packing": {"length": 64}}
+    settings = {"training": {"batch_size": BATCH}, "mixture": packing, "encoding": {"max_length": 64}}
+    config = run_of(tmp_path_factory.mktemp("packed"), **settings)
+    write_weights(config, 2, {"law": 0.3, "medicine": 0.1, "code": 0.6})
+    write_weights(config, 3, {"law": 1.0, "medicine": 0.0, "code": 0.0})
     for epoch in EPOCHS:
-        for position, sample in enumerate(mds.Samples(run_folder(compiled).mixture(epoch))):
-            expected.setdefault(sample["sample_id"], []).append((epoch, position, position // BATCH + 1))
+        compile_epoch(config, epoch)
+    return config
+
+
+@pytest.mark.parametrize("which", ["compiled", "packed"])
+def test_every_sample_is_traced_to_the_epochs_and_steps_that_a_reader_sees_it_in(request, which):
+    config = request.getfixturevalue(which)
+    expected, steps = {}, 0
+    for epoch in EPOCHS:
+        rows = list(members(run_folder(config).mixture(epoch)))
+        for row, ids in enumerate(rows):
+            for identity in ids:
+                expected.setdefault(identity, []).append((epoch, row // BATCH + 1, steps + row // BATCH + 1))
+        steps += -(-len(rows) // BATCH)
     for name, size in SIZES.items():
-        for number in range(size):
-            found = of_sample(compiled, f"{name}-{number:06d}")
-            assert [(seen.epoch, seen.position, seen.step) for seen in found] == expected.get(
-                f"{name}-{number:06d}", []
-            )
+        for number in range(0, size, 3):
+            found = of_sample(config, f"{name}-{number:06d}")
+            seen = [(seen.epoch, seen.step, seen.run_step) for seen in found]
+            assert seen == expected.get(f"{name}-{number:06d}", [])
     assert max(map(len, expected.values())) > 3
 
 
-def test_a_traced_place_is_that_of_the_sample_in_its_shard(compiled):
+def test_a_traced_row_is_that_of_the_sample_in_its_shard(compiled):
     for seen in of_sample(compiled, "code-000003"):
         raw = (run_folder(compiled).mixture(seen.epoch) / seen.shard).read_bytes()
-        begin, end = (int.from_bytes(raw[4 + 4 * n : 8 + 4 * n], "little") for n in (seen.place, seen.place + 1))
+        begin, end = (int.from_bytes(raw[4 + 4 * n : 8 + 4 * n], "little") for n in (seen.row, seen.row + 1))
         assert mds.decode_sample(raw[begin:end])["sample_id"] == "code-000003"
 
 
-def test_a_step_lists_what_a_reader_is_given_at_that_step(compiled):
-    content = list(mds.Samples(run_folder(compiled).mixture(2)))
-    steps = -(-len(content) // BATCH)
+@pytest.mark.parametrize("which", ["compiled", "packed"])
+def test_a_step_lists_what_a_reader_is_given_at_that_step(request, which):
+    config = request.getfixturevalue(which)
+    rows = list(members(run_folder(config).mixture(2)))
+    steps = -(-len(rows) // BATCH)
     for step in range(1, steps + 1):
-        batch = content[(step - 1) * BATCH : step * BATCH]
-        found = of_step(compiled, 2, step)
-        assert [seen.sample_id for seen in found] == [sample["sample_id"] for sample in batch]
-        assert {seen.run_step for seen in found} == {steps + step}
+        found = of_step(config, 2, step)
+        batch = rows[(step - 1) * BATCH : step * BATCH]
+        assert [seen.sample_id for seen in found] == [identity for ids in batch for identity in ids]
     with pytest.raises(MixtureError, match=f"has the steps 1 to {steps}, found {steps + 1}"):
-        of_step(compiled, 2, steps + 1)
+        of_step(config, 2, steps + 1)
 
 
 @given(st.integers(1, 10**10), st.integers(1, 10**5), st.data())
@@ -108,7 +134,7 @@ def run_cli(capsys, monkeypatch, *arguments):
 def test_the_command_traces_samples_and_steps(compiled, capsys, monkeypatch):
     config = ["--config", compiled.root / "mixture.yaml"]
     code, out = run_cli(capsys, monkeypatch, "trace", "code-000003", *config)
-    assert (code, out.out.count("code code-000003 at")) == (0, len(of_sample(compiled, "code-000003")))
+    assert (code, out.out.count("code code-000003 in row")) == (0, len(of_sample(compiled, "code-000003")))
     code, out = run_cli(capsys, monkeypatch, "trace", "--epoch", 2, "--step", 3, *config)
     assert (code, len(out.out.splitlines())) == (0, BATCH)
     code, out = run_cli(capsys, monkeypatch, "trace", "--epoch", 2, *config)

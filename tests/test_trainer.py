@@ -86,7 +86,8 @@ def make_probe(request, rank: int):
 
     class Probe(Callback):
         def batch_start(self, state, logger):
-            line = {"step": state.timestamp.batch.value + 1, "ids": state.batch["sample_id"]}
+            ids = state.batch["sample_ids" if "sample_ids" in state.batch else "sample_id"]
+            line = {"step": state.timestamp.batch.value + 1, "ids": ids}
             with Path(f"{request['record']}.{rank}").open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -213,16 +214,22 @@ def prepared(tmp_path_factory, tiny_model):
 @pytest.fixture
 def make(server, prepared, tmp_path):
     """Makes a copy of the prepared project, with training settings of its own."""
-    import yaml
 
-    def copy(name: str, *, dropout: bool = True, **training) -> Training:
-        folder = shutil.copytree(prepared, tmp_path / name)
-        content = yaml.safe_load((folder / "mixture.yaml").read_text())
-        content["training"] |= training
-        (folder / "mixture.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    def copy(name: str, *, dropout: bool = True, packing=None, **training) -> Training:
+        folder = with_settings(shutil.copytree(prepared, tmp_path / name), packing, training)
         return Training(server, folder if dropout else without_dropout(folder))
 
     return copy
+
+
+def with_settings(folder: Path, packing, training) -> Path:
+    """The project with other settings of packing and training."""
+    import yaml
+
+    content = yaml.safe_load((folder / "mixture.yaml").read_text())
+    content |= {"mixture": {"packing": packing}, "training": content["training"] | training}
+    (folder / "mixture.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder
 
 
 def without_dropout(folder: Path) -> Path:
@@ -419,9 +426,61 @@ def test_training_goes_on_with_another_number_of_ranks(make, whole):
     same_losses(changing, whole)
 
 
+PACKED = {"packing": {"length": 96, "multiple": 2}, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def packed(server, prepared, tmp_path_factory):
+    """The uninterrupted run on packed sequences, without dropout."""
+    folder = shutil.copytree(prepared, tmp_path_factory.mktemp("packed") / "project")
+    training = Training(server, without_dropout(with_settings(folder, PACKED["packing"], {"batch_size": 2})))
+    training.finish()
+    return training
+
+
+def test_packed_training_takes_every_sequence_once_and_the_rate_follows_the_share_of_all_epochs(packed):
+    from vtmix.mds import Samples
+
+    seen, steps = packed.seen(), packed.steps()
+    done = 0
+    for epoch in range(EPOCHS):
+        found = list(Samples(packed.run / f"mixture/epoch-{epoch + 1:04d}"))
+        mine = steps[done : done + len(found) // 2]
+        taken = [identity for step in seen[done : done + len(mine)] for identity in step]
+        assert taken == [sequence["sample_ids"] for sequence in found]
+        assert {line["epoch"] for line in mine} == {epoch + 1}
+        done += len(mine)
+        tokens = sum(int(sequence["lengths"].sum()) for sequence in found)
+        assert mine[-1]["tokens"] - (steps[done - len(mine) - 1]["tokens"] if epoch else 0) == tokens
+        every = EPOCHS * len(mine)
+        rising = math.ceil(0.25 * every)
+        for number, line in enumerate(mine, epoch * len(mine)):
+            cosine = (1 + math.cos(math.pi * (number - rising) / (every - rising))) / 2
+            share = (number + 1) / rising if number < rising else cosine
+            assert line["lr"] == pytest.approx(2e-3 * share, rel=1e-9)
+    assert done == len(steps)
+    assert packed.losses(EPOCHS)["law"] < packed.losses(0)["law"] - 0.3
+
+
+def test_packed_training_killed_again_and_again_ends_like_an_uninterrupted_run(make, packed):
+    training = make("killed", dropout=False, **PACKED)
+    for kill in ({"kill_at_step": 3}, {"kill_at_step": 15}):
+        assert training.start(**kill)[0] == KILLED, kill
+    training.finish()
+    equal(training, packed)
+
+
+def test_microbatches_and_ranks_change_no_loss_of_packed_training(make, packed):
+    ranks = make("ranks", dropout=False, microbatch_size=1, **PACKED)
+    code, said = ranks.start(ranks=2)
+    assert code == 0, said
+    same_losses(ranks, packed)
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ({"packing": {"length": 96}}, "mixture.packing.multiple 1 cannot be divided among 2 ranks: set it to 2"),
         ({"batch_size": 9}, "training.batch_size 9 cannot be divided among 2 ranks: set it to 8"),
         ({"fsdp": {"state_dict_type": "full"}}, "training.fsdp needs GPUs"),
         ({"precision": "amp_bf16"}, "training.precision 'amp_bf16' needs a GPU"),
@@ -431,7 +490,7 @@ def test_training_goes_on_with_another_number_of_ranks(make, whole):
 )
 def test_settings_that_cannot_be_carried_out_are_refused_in_one_line(make, setting, message):
     training = make("refused", **setting)
-    code, said = training.start(ranks=2 if "batch_size" in setting else 1)
+    code, said = training.start(ranks=2 if {"batch_size", "packing"} & set(setting) else 1)
     assert code == 2
     assert said.startswith(f"error: {message}")
     assert said.count("\n") == 1

@@ -337,6 +337,14 @@ class MixtureFile(Model):
     bytes: Count
     sha256: str
     raw_bytes: Annotated[Count | None, Field(description="of a compressed shard, before compression")] = None
+    sequences: Annotated[Count | None, Field(description="of a packed shard")] = None
+
+
+class Packed(Model):
+    """The sequences that a mixture's samples share."""
+
+    sequences: Count
+    utilisation: Annotated[float, Field(ge=0, description="tokens / (sequences × their length)")]
 
 
 class DomainCount(Model):
@@ -358,6 +366,7 @@ class Manifest(Artefact):
     samples: Count
     tokens: Count
     bytes: Count
+    packing: Annotated[Packed | None, Field(description="null: every sample stands by itself")] = None
     domains: dict[DomainName, DomainCount]
     files: tuple[MixtureFile, ...]
 

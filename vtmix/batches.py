@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from vtmix.artifacts import DomainLoss
-from vtmix.encode import IGNORED
 from vtmix.errors import ConfigError
-from vtmix.mds import Sample, Samples
+from vtmix.mds import IGNORED, PackedSample, Sample, Samples
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Batch = dict[str, Any]
+
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+"""What a batch gives the model, as far as it holds it."""
 
 
 def load_model(location: str, revision: str | None = None) -> "PreTrainedModel":
@@ -41,11 +43,47 @@ def load_model(location: str, revision: str | None = None) -> "PreTrainedModel":
         raise ConfigError(f"model: no safetensors model at {location!r}: {str(error).splitlines()[0]}") from None
 
 
-def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """Rows padded at their end to the longest: input_ids, attention_mask and labels (batch, longest), int64.
+def require_apart(model: "PreTrainedModel") -> None:
+    """Checks that the members of a packed sequence are strangers to the model, before it is trained on any.
 
-    `sample_id` and `domain` are lists. The tensors are copies, since StreamingDataset's arrays are read-only.
+    transformers derives from position ids that begin anew who may attend to whom; a model that does not go by that
+    would learn from mixed-up samples without a sign of it. Raises ConfigError for such a model.
     """
+    import torch
+
+    ids = torch.tensor([[1, 2, 3, 4, 5], [3, 2, 1, 4, 5]])  # They differ in their first member only.
+    with torch.no_grad():
+        logits = model(input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 0, 1]] * 2), use_cache=False).logits
+    if not torch.allclose(logits[0, 3:], logits[1, 3:], atol=1e-3):
+        raise ConfigError(
+            f"mixture.packing: {type(model).__name__} lets the members of a packed sequence see each other: remove it"
+        )
+
+
+def collate(samples: Sequence[Sample] | Sequence[PackedSample], pad_id: int) -> Batch:
+    """A batch of samples: input_ids and labels (batch, longest), int64, and the tokens of each row, a list.
+
+    Samples are rows padded at their end to the longest, with an attention_mask. Packed samples are of one length; in
+    place of a mask they bring position_ids, from which the model derives that no member sees another. Texts are lists.
+    The tensors are copies, since StreamingDataset's arrays are read-only.
+    """
+    return _packed(samples) if "sample_ids" in samples[0] else _padded(samples, pad_id)
+
+
+def _packed(samples: Sequence[Any]) -> Batch:
+    import torch
+
+    return {
+        **{
+            name: torch.from_numpy(np.stack([sample[name] for sample in samples]).astype(np.int64))
+            for name in ("input_ids", "labels", "position_ids")
+        },
+        "tokens": [int(sample["lengths"].sum()) for sample in samples],
+        **{name: [str(sample[name]) for sample in samples] for name in ("sample_ids", "domains")},
+    }
+
+
+def _padded(samples: Sequence[Any], pad_id: int) -> Batch:
     import torch
 
     shape = len(samples), max(len(sample["input_ids"]) for sample in samples)
@@ -54,15 +92,21 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
         length = len(sample["input_ids"])
         ids[row, :length], mask[row, :length], labels[row, :length] = sample["input_ids"], 1, sample["labels"]
     tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return {name: torch.from_numpy(array) for name, array in tensors.items()} | {
-        name: [str(sample[name]) for sample in samples] for name in ("sample_id", "domain")
+    return {
+        **{name: torch.from_numpy(array) for name, array in tensors.items()},
+        "tokens": [len(sample["input_ids"]) for sample in samples],
+        **{name: [str(sample[name]) for sample in samples] for name in ("sample_id", "domain")},
     }
 
 
 def split(batch: Batch, size: int | float) -> list[Batch]:
     """Microbatches of `size` rows alike in length, each cut to its longest row, shortest first."""
-    lengths = batch["attention_mask"].sum(1)
-    return [_rows(batch, rows, int(lengths[rows].max())) for rows in _cut(lengths.argsort(stable=True), size)]
+    import torch
+
+    tokens = torch.tensor(batch["tokens"])
+    # A sequence may be empty, but no model takes a row of no tokens.
+    longest = tokens.clamp(min=1)
+    return [_rows(batch, rows, int(longest[rows].max())) for rows in _cut(tokens.argsort(stable=True), size)]
 
 
 def split_in_order(batch: Batch, size: int | float) -> list[Batch]:
@@ -115,7 +159,7 @@ def response_nats(model: Any, batch: Batch) -> "torch.Tensor":
     wanted = targets(batch["labels"])
     chosen = wanted != IGNORED
     with _head_sees(model, chosen):
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        logits = model(**{name: batch[name] for name in INPUTS if name in batch}, use_cache=False).logits
     if logits.dim() == 3:
         logits = logits[chosen]
     return cross_entropy(logits.float(), wanted[chosen], reduction="none")

@@ -280,7 +280,7 @@ def trace(
     for seen in found:
         say(
             f"epoch {seen.epoch}, step {seen.step:,} ({seen.run_step:,} of the run): {seen.domain} {seen.sample_id} "
-            f"at {seen.place:,} of {seen.shard}"
+            f"in row {seen.row:,} of {seen.shard}"
         )
     if not found:
         say(f"{sample_id}: in no epoch compiled so far")

@@ -17,6 +17,7 @@ from vtmix.artifacts import (
     Inputs,
     Manifest,
     MixtureFile,
+    Packed,
     Plan,
     RunFolder,
     Weights,
@@ -27,7 +28,7 @@ from vtmix.errors import ConflictError, MixtureError, VtmixError
 from vtmix.overview import overview
 from vtmix.plan import make_plan
 from vtmix.pool import Pool, open_pool, pool_store
-from vtmix.settings import MixtureConfig
+from vtmix.settings import MixtureConfig, Packing
 from vtmix.shards import ShardReport, ShardWriter, settle
 from vtmix.staging import FolderStaging, Staging, StoreStaging
 from vtmix.stores import Store
@@ -59,6 +60,7 @@ def planned(config: MixtureConfig, epoch: int, pools: Mapping[str, Pool]) -> Pla
         samples=config.samples_per_epoch,
         seed=config.seed,
         shard_bytes=config.mixture.shard_bytes,
+        packing=config.mixture.packing,
         max_passes=config.mixture.max_passes,
         previous=previous,
         unit=config.mixture.unit,
@@ -87,6 +89,7 @@ def mixture_inputs(plan: Plan, layout: mds.Layout) -> Inputs:
         "format": FORMAT,
         "shard_bytes": layout.size_limit,
         "compression": layout.compression,
+        "packing": layout.packing and layout.packing.model_dump(),
         "plan": plan.model_dump(mode="json", exclude={"inputs"}),
     }
 
@@ -97,14 +100,13 @@ def made_from(manifest: Manifest) -> tuple[Plan, mds.Layout]:
     Raises ValueError, TypeError or KeyError when its inputs are not those of a mixture.
     """
     inputs = manifest.inputs or {}
-    return Plan.model_validate(inputs["plan"]), mds.Layout(
-        int(inputs["shard_bytes"]), compression=inputs["compression"]
-    )
+    packing = inputs["packing"] and Packing.model_validate(inputs["packing"])
+    return Plan.model_validate(inputs["plan"]), mds.Layout(int(inputs["shard_bytes"]), inputs["compression"], packing)
 
 
 def layout_of(config: MixtureConfig) -> mds.Layout:
     """The layout of a configuration's mixtures."""
-    return mds.Layout(config.mixture.shard_bytes, compression=config.mixture.compression)
+    return mds.Layout(config.mixture.shard_bytes, config.mixture.compression, config.mixture.packing)
 
 
 def compile_epoch(
@@ -134,7 +136,7 @@ def compile_epoch(
         staging = StoreStaging(store, final, identity) if store else FolderStaging(final, identity, flush=elsewhere)
         shards = _write_shards(writer, staging, workers, backend)
         index = layout.index([shard.size for shard in shards])
-        manifest = _manifest(plan, inputs, identity, index, shards)
+        manifest = _manifest(writer, inputs, identity, index, shards)
         if removed is not None and removed.digest() != manifest.digest():
             raise ConflictError(
                 f"epoch {epoch} comes out with other bytes than it had when it was removed: compress with the version "
@@ -190,10 +192,19 @@ def _write_shards(
     return sorted(reports, key=lambda report: report.number)
 
 
-def _manifest(plan: Plan, inputs: Inputs, identity: str, index: bytes, shards: Sequence[ShardReport]) -> Manifest:
+def _manifest(
+    writer: ShardWriter, inputs: Inputs, identity: str, index: bytes, shards: Sequence[ShardReport]
+) -> Manifest:
+    plan = writer.plan
     files = [MixtureFile(name=mds.INDEX, bytes=len(index), sha256=hashlib.sha256(index).hexdigest())]
     files += [
-        MixtureFile(name=shard.name, bytes=shard.bytes, sha256=shard.sha256, raw_bytes=shard.raw_bytes)
+        MixtureFile(
+            name=shard.name,
+            bytes=shard.bytes,
+            sha256=shard.sha256,
+            raw_bytes=shard.raw_bytes,
+            sequences=shard.sequences,
+        )
         for shard in shards
     ]
     domains = {
@@ -206,17 +217,27 @@ def _manifest(plan: Plan, inputs: Inputs, identity: str, index: bytes, shards: S
         )
         for name, domain in plan.domains.items()
     }
+    tokens = sum(domain.tokens for domain in domains.values())
     return Manifest(
         inputs=inputs,
         epoch=plan.epoch,
         fingerprint_of_inputs=identity,
         knowledge=plan.knowledge,
         samples=plan.samples,
-        tokens=sum(domain.tokens for domain in domains.values()),
+        tokens=tokens,
         bytes=sum(shard.bytes for shard in shards),
+        packing=packing_of(writer.layout, tokens, files),
         domains=domains,
         files=tuple(files),
     )
+
+
+def packing_of(layout: mds.Layout, tokens: int, files: Sequence[MixtureFile]) -> Packed | None:
+    """What a manifest says of the sequences of its files; None where samples are not packed."""
+    if layout.packing is None:
+        return None
+    sequences = sum(file.sequences or 0 for file in files)
+    return Packed(sequences=sequences, utilisation=tokens / max(sequences * layout.packing.length, 1))
 
 
 def describe(plan: Plan, config: MixtureConfig) -> Iterator[str]:
@@ -232,6 +253,8 @@ def describe(plan: Plan, config: MixtureConfig) -> Iterator[str]:
 def summarise(manifest: Manifest, where: str, *, fresh: bool) -> str:
     """What a compile did, in one line."""
     size = f"{manifest.samples:,} samples, {manifest.tokens:,} tokens, {manifest.bytes / 2**20:.1f} MiB"
+    if manifest.packing:
+        size += f", {manifest.packing.sequences:,} sequences {manifest.packing.utilisation:.1%} full"
     state = "committed" if fresh else "up to date"
     return f"{state}: {where} ({size} in {len(manifest.files) - 1} shards)"
 

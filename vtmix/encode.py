@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vtmix.errors import ConfigError
-from vtmix.mds import IntArray
+from vtmix.mds import IGNORED, IntArray
 from vtmix.records import Conversation, Invalid
 from vtmix.settings import Encoding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-IGNORED = -100
 BATCH = 256
 """Conversations tokenised by one call, which is several times as fast as one by one, and uses every core."""
 

@@ -7,8 +7,8 @@ bytes do not depend on their shard, they are encoded once, and writing a shard i
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vtmix.errors import DamageError, MissingError, MixtureError
+from vtmix.settings import Packing
 
 COLUMNS: Mapping[str, str] = {
     "domain": "str",
@@ -23,19 +24,46 @@ COLUMNS: Mapping[str, str] = {
     "labels": "ndarray:int32",
     "sample_id": "str",
 }
+PACKED_COLUMNS: Mapping[str, str] = {
+    "domains": "str",
+    "input_ids": "ndarray:int32",
+    "labels": "ndarray:int32",
+    "lengths": "ndarray:int32",
+    "position_ids": "ndarray:int32",
+    "sample_ids": "str",
+}
 INDEX = "index.json"
+IGNORED = -100
+"""The label of a token that no loss is taken of."""
 DEFAULT_LEVEL = 3
 
 IntArray = npt.NDArray[np.int32]
+Integers = npt.NDArray[np.int64]
 
 
 class Sample(TypedDict):
-    """One encoded conversation: token ids and labels of equal length, labels -100 where no loss is taken."""
+    """One encoded conversation: token ids and labels of equal length, labels IGNORED where no loss is taken."""
 
     domain: str
     input_ids: IntArray
     labels: IntArray
     sample_id: str
+
+
+class PackedSample(TypedDict):
+    """Several samples as one sequence of fixed length, padded at its end.
+
+    `lengths` are the tokens of its members, in order; `domains` and `sample_ids` name them, separated by commas.
+    `position_ids` count from 0 within each member, and within the padding. An empty sequence has one member, of no
+    tokens and no name.
+    """
+
+    domains: str
+    input_ids: IntArray
+    labels: IntArray
+    lengths: IntArray
+    position_ids: IntArray
+    sample_ids: str
 
 
 def shard_name(number: int) -> str:
@@ -48,39 +76,57 @@ def shard_number(name: str) -> int:
     return int(name.split(".")[1])
 
 
-def encode_sample(sample: Sample) -> bytes:
-    """The bytes MDSWriter stores for a sample of COLUMNS."""
-    columns = (
-        sample["domain"].encode(),
-        _encode_array(sample["input_ids"]),
-        _encode_array(sample["labels"]),
-        sample["sample_id"].encode(),
-    )
-    return np.array([len(column) for column in columns], np.uint32).tobytes() + b"".join(columns)
+def encode_sample(sample: Sample | PackedSample, columns: Mapping[str, str] = COLUMNS) -> bytes:
+    """The bytes MDSWriter stores for a sample of these columns."""
+    values: Mapping[str, Any] = sample
+    encoded = [_CODECS[encoding][0](values[name]) for name, encoding in columns.items()]
+    return np.array([len(column) for column in encoded], np.uint32).tobytes() + b"".join(encoded)
 
 
-def decode_sample(data: bytes | memoryview) -> Sample:
-    """The sample that encode_sample made `data` from; the arrays are copies.
+def decode_sample(data: bytes | memoryview, columns: Mapping[str, str] = COLUMNS) -> Any:
+    """The sample of these columns that encode_sample made `data` from; the arrays are copies.
 
     Raises DamageError when the sizes do not add up, or a column does not hold what its encoding says.
     """
-    heading = 4 * len(COLUMNS)
+    heading = 4 * len(columns)
     if len(data) < heading:
         raise DamageError(f"a sample of {len(data)} bytes is shorter than its own heading of {heading}")
     sizes = np.frombuffer(data[:heading], np.uint32).tolist()
     ends = list(itertools.accumulate(sizes, initial=heading))
     if ends[-1] != len(data):
         raise DamageError(f"a sample of {len(data):,} bytes declares columns of {sizes} bytes")
-    domain, input_ids, labels, sample_id = (bytes(data[begin:end]) for begin, end in itertools.pairwise(ends))
     try:
-        return Sample(
-            domain=domain.decode(),
-            input_ids=_decode_array(input_ids),
-            labels=_decode_array(labels),
-            sample_id=sample_id.decode(),
-        )
+        return {
+            name: _CODECS[encoding][1](bytes(data[begin:end]))
+            for (name, encoding), (begin, end) in zip(columns.items(), itertools.pairwise(ends), strict=True)
+        }
     except UnicodeDecodeError as error:
         raise DamageError(f"a sample holds text that is not UTF-8 (byte {error.start})") from None
+
+
+def sequence_bytes(length: int) -> int:
+    """The bytes of a packed sample, at most, beside those of its members: their lengths, ids, domains and commas."""
+    return 4 * len(PACKED_COLUMNS) + 4 * 5 + 4 + 3 * 4 * length
+
+
+def token_spans(data: npt.NDArray[np.uint8], edges: Integers) -> tuple[Integers, Integers, Integers]:
+    """Of samples that encode_sample made and that stand one after the other: their tokens, and where the values of
+    their input_ids and of their labels begin.
+
+    `edges` are the places in `data` where the samples begin, and where the last one ends. Raises DamageError when the
+    sizes do not add up.
+    """
+    begins, heading = edges[:-1], 4 * len(COLUMNS)
+    if (np.diff(edges) < heading).any():
+        raise DamageError("an encoded sample is shorter than its own heading: build the pools again")
+    sizes = data[begins[:, None] + np.arange(heading)].view(np.uint32).astype(np.int64)
+    ends = begins[:, None] + heading + np.cumsum(sizes, axis=1)
+    _, ids, labels, _ = sizes.T
+    if (ends[:, -1] != edges[1:]).any() or (ids != labels).any():
+        raise DamageError("an encoded sample declares columns that it does not hold: build the pools again")
+    # Before its values an array has 2, 3 or 5 bytes: 2, and less than a value more.
+    tokens = (ids - 2) // 4
+    return tokens, ends[:, 1] - 4 * tokens, ends[:, 2] - 4 * tokens
 
 
 def _encode_array(values: IntArray) -> bytes:
@@ -98,6 +144,13 @@ def _decode_array(data: bytes) -> IntArray:
     return np.frombuffer(data, np.int32, offset=start).copy()
 
 
+_CODECS: Mapping[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {
+    "str": (str.encode, bytes.decode),
+    "ndarray:int32": (_encode_array, _decode_array),
+}
+"""All that a column may hold. MosaicML knows more encodings, one of which is pickle."""
+
+
 @dataclass(frozen=True)
 class ShardSize:
     """What index.json says of one shard: its samples, its bytes, and those of its compressed file, if it has one."""
@@ -111,12 +164,18 @@ class ShardSize:
 class Layout:
     """What the shards of one folder have in common.
 
-    `size_limit` bounds a shard's bytes before compression, `compression` is in MDSWriter's words (zstd, zstd:3).
+    `size_limit` bounds a shard's bytes before compression, `compression` is in MDSWriter's words (zstd, zstd:3),
+    `packing` says how samples share sequences (None: each is stored by itself).
     """
 
     size_limit: int
-    columns: Mapping[str, str] = field(default_factory=lambda: COLUMNS)
     compression: str | None = None
+    packing: Packing | None = None
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """Names and encodings of what a sample holds."""
+        return PACKED_COLUMNS if self.packing else COLUMNS
 
     def name(self, number: int) -> str:
         """The name of a shard's file as it is stored: compressed, if it is."""
@@ -193,8 +252,10 @@ class Layout:
         return json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode()
 
 
-class Samples(Sequence[Sample]):
-    """Random access to the samples of a folder that vtmix wrote, without caches or shared memory."""
+class Samples(Sequence[Any]):
+    """Random access to the samples of a folder that vtmix wrote, without caches or shared memory: each a Sample, or
+    in a packed mixture a PackedSample.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Raises MissingError when the folder holds no index.json, DamageError when it is not one of vtmix."""
@@ -202,10 +263,12 @@ class Samples(Sequence[Sample]):
             entries = json.loads((folder / INDEX).read_bytes())["shards"]
             self._ends = np.cumsum([entry["samples"] for entry in entries], dtype=np.int64)
             self._sizes = [entry["raw_data"]["bytes"] for entry in entries]
+            packed = any(entry["column_names"] == list(PACKED_COLUMNS) for entry in entries)
         except FileNotFoundError:
             raise MissingError(f"{folder}: holds no {INDEX}, so it is not a complete MDS folder") from None
         except (ValueError, TypeError, KeyError):
             raise DamageError(f"{folder / INDEX}: is not an index that vtmix writes") from None
+        self._columns = PACKED_COLUMNS if packed else COLUMNS
         self._files = [folder / shard_name(number) for number in range(len(entries))]
         self._maps: dict[int, npt.NDArray[np.uint8]] = {}
 
@@ -217,10 +280,10 @@ class Samples(Sequence[Sample]):
             return [self[number] for number in range(*position.indices(len(self)))]
         if not -len(self) <= position < len(self):
             raise IndexError(f"sample {position} of {len(self)}")
-        return decode_sample(self.raw(position % len(self)))
+        return decode_sample(self.raw(position % len(self)), self._columns)
 
-    def __iter__(self) -> Iterator[Sample]:
-        return (decode_sample(self.raw(position)) for position in range(len(self)))
+    def __iter__(self) -> Iterator[Any]:
+        return (self[position] for position in range(len(self)))
 
     def raw(self, position: int) -> bytes:
         """The bytes of one sample.

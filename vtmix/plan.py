@@ -21,7 +21,8 @@ import numpy.typing as npt
 from vtmix import mds
 from vtmix.artifacts import DomainPlan, Plan, PoolManifest, Weights
 from vtmix.errors import MixtureError, listing
-from vtmix.settings import Unit
+from vtmix.packing import fullness
+from vtmix.settings import Packing, Unit
 
 WINDOW = 128
 """The window in which every domain's count is held near its share: the paper's batch."""
@@ -91,6 +92,7 @@ def make_plan(
     samples: int,
     seed: int,
     shard_bytes: int,
+    packing: Packing | None = None,
     max_passes: float | None = None,
     previous: Plan | None = None,
     unit: Unit = "samples",
@@ -100,7 +102,8 @@ def make_plan(
 
     `previous` is the plan of the epoch before; without one, each domain starts at a position drawn from the seed. With
     `supplies`, the pools themselves, the plan tells tokens and bytes, and the weights may be shares of tokens. Raises
-    MixtureError listing every domain whose pool cannot serve its weight.
+    MixtureError listing every domain whose pool cannot serve its weight. From `packing` follows the number of shards
+    alone.
     """
     _refuse_strangers(weights, pools)
     positions = {name: _position(name, pool, seed, previous) for name, pool in pools.items()}
@@ -109,7 +112,8 @@ def make_plan(
     else:
         _refuse_empty(weights, pools, unit)
         counts = _counts_by_tokens(weights, pools, positions, samples, unit, supplies or {})
-    _refuse_unservable(weights, pools, counts, shard_bytes, max_passes)
+    layout = mds.Layout(shard_bytes, packing=packing)
+    _refuse_unservable(weights, pools, counts, layout, max_passes)
     domains = {
         name: DomainPlan(
             weight=weights.weights[name],
@@ -129,6 +133,7 @@ def make_plan(
             "unit": unit,
             "seed": seed,
             "shard_bytes": shard_bytes,
+            "packing": packing and packing.model_dump(),
             "weights": dict(weights.weights),
             "pools": {name: pools[name].fingerprint() for name in weights.weights},
             "previous_plan": previous.fingerprint() if previous else None,
@@ -137,7 +142,7 @@ def make_plan(
         knowledge=weights.knowledge,
         unit=unit,
         samples=samples,
-        shards=_shards(counts, pools, shard_bytes),
+        shards=_shards(counts, pools, layout),
         seed=seed,
         domains=domains,
     )
@@ -194,7 +199,7 @@ def _refuse_unservable(
     weights: Weights,
     pools: Mapping[str, PoolManifest],
     counts: Mapping[str, int],
-    shard_bytes: int,
+    layout: mds.Layout,
     max_passes: float | None,
 ) -> None:
     offenders = []
@@ -209,10 +214,11 @@ def _refuse_unservable(
                 f"domain '{name}' needs {count:,} samples, {count / pool.samples:.2f} passes over its pool of "
                 f"{pool.samples:,}, but mixture.max_passes is {max_passes:g}: add samples, or raise it"
             )
-        elif count and pool.max_sample_bytes + mds.Layout(shard_bytes).header_bytes(1) > shard_bytes:
+        elif count and (most := _Bytes.of([(pool, 1)], layout).most(1)) > layout.size_limit:
+            takes = f"{pool.max_sample_bytes:,} bytes" + (f", and packed as many as {most:,}" if layout.packing else "")
             offenders.append(
-                f"the largest sample of '{name}' takes {pool.max_sample_bytes:,} bytes, more than "
-                f"mixture.shard_bytes ({shard_bytes:,}) can hold: raise it"
+                f"the largest sample of '{name}' takes {takes}, more than mixture.shard_bytes "
+                f"({layout.size_limit:,}) can hold: raise it"
             )
     if offenders:
         raise MixtureError(listing(offenders))
@@ -230,22 +236,52 @@ def _position(name: str, pool: PoolManifest, seed: int, previous: Plan | None) -
     return before.position + before.count
 
 
-def _shards(counts: Mapping[str, int], pools: Mapping[str, PoolManifest], shard_bytes: int) -> int:
+@dataclass(frozen=True)
+class _Bytes:
+    """What a shard takes: `fixed` bytes, and those of every sample, on average and at most."""
+
+    fixed: int
+    mean: float
+    largest: float
+
+    @classmethod
+    def of(cls, used: Sequence[tuple[PoolManifest, int]], layout: mds.Layout) -> "_Bytes":
+        """Of samples drawn from pools, so many from each.
+
+        A packed sample takes its share of a sequence as if those were no fuller than they are for certain, and its id
+        and domain: no more than what was stored beside its tokens' 8 bytes each. One sequence is less full.
+        """
+        samples = sum(count for _, count in used)
+        largest = max(pool.max_sample_bytes for pool, _ in used)
+        mean = sum(count * pool.bytes / pool.samples for pool, count in used) / samples
+        if layout.packing is None:
+            return cls(layout.header_bytes(0), 4 + mean, 4 + largest)
+        length, sequence = layout.packing.length, mds.sequence_bytes(layout.packing.length) + 4
+        longest = min(length, largest // 8)
+        token = sequence / fullness(length, longest)
+        tokens = sum(count * pool.tokens / pool.samples for pool, count in used) / samples
+        fixed = layout.header_bytes(0) + layout.packing.multiple * sequence
+        return cls(fixed, mean + (token - 8) * tokens, largest + (token - 8) * longest)
+
+    def most(self, samples: int) -> int:
+        """The bytes that so many samples never exceed."""
+        return self.fixed + math.ceil(samples * self.largest)
+
+
+def _shards(counts: Mapping[str, int], pools: Mapping[str, PoolManifest], layout: mds.Layout) -> int:
     """Shards needed so that none exceeds the cap, whichever samples fall into it.
 
     A shard of m samples of mean μ and at most L bytes stays below mμ + cL/3 + √((cL/3)² + 2cmμL) but for a chance of
     e^-c (Bernstein's inequality, the variance being at most μL); one of few samples below mL for certain.
     """
-    used = {name: count for name, count in counts.items() if count}
-    samples = sum(used.values())
-    mean = 4 + sum(count * pools[name].bytes / pools[name].samples for name, count in used.items()) / samples
-    largest = 4 + max(pools[name].max_sample_bytes for name in used)
-    room = shard_bytes - mds.Layout(shard_bytes).header_bytes(0)
+    samples = sum(counts.values())
+    takes = _Bytes.of([(pools[name], count) for name, count in counts.items() if count], layout)
+    room = layout.size_limit - takes.fixed
     # Bernstein's bound equals the room where (room - mμ)² = (room - mμ)·2cL/3 + 2cmμL; as u = room - mμ this is
     # u² + (4/3)cLu - 2cL·room = 0, of which u is the positive root.
-    slack = CONFIDENCE * largest
+    slack = CONFIDENCE * takes.largest
     spare = math.sqrt((2 * slack / 3) ** 2 + 2 * slack * room) - 2 * slack / 3
-    fitting = max((room - spare) / mean, room // largest, 1)
+    fitting = max((room - spare) / takes.mean, room // takes.largest, 1)
     return min(samples, math.ceil(samples / fitting))
 
 

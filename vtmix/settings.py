@@ -276,6 +276,16 @@ class WeightsSettings(Model):
 Unit = Literal["samples", "tokens", "response_tokens"]
 
 
+class Packing(Model):
+    """How several samples share one sequence of fixed length, in which none sees another."""
+
+    length: Annotated[int, Field(ge=8, le=1 << 24, description="tokens of a sequence; no sample may be longer")]
+    multiple: Annotated[
+        int,
+        Field(ge=1, description="a shard's sequences are a multiple of this, by empty ones: the trainer's ranks"),
+    ] = 1
+
+
 class Mixture(Model):
     """How an epoch is made up, and how its samples become shards."""
 
@@ -292,6 +302,9 @@ class Mixture(Model):
             description="of shards: zstd, or zstd:1 … zstd:22; readers expand them as they fetch them. null: none",
         ),
     ] = None
+    packing: Annotated[
+        Packing | None, Field(description="samples share sequences of fixed length; null: one sample a row")
+    ] = None
     max_passes: Annotated[float | None, Field(gt=0, description="refuse an epoch that repeats a pool more often")] = (
         None
     )
@@ -303,7 +316,7 @@ class Mixture(Model):
 class Training(Model):
     """The Composer trainer."""
 
-    batch_size: Annotated[int, Field(ge=1, description="samples per step, over all ranks")] = 128
+    batch_size: Annotated[int, Field(ge=1, description="samples (or packed sequences) per step, over all ranks")] = 128
     microbatch_size: Annotated[int | Literal["auto"] | None, Field(description="per device; auto: on GPUs only")] = None
     eval_batch_size: Annotated[int, Field(ge=1, description="per device")] = 16
     eval_samples: Annotated[int | None, Field(ge=1, description="per domain; default: the whole eval split")] = None
@@ -348,6 +361,16 @@ class MixtureConfig(Model):
             raise ValueError(
                 f"weights.floor {self.weights.floor} times {len(self.domains)} domains exceeds 1: "
                 f"lower it to {1 / len(self.domains):.4g} or less"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _samples_fit_into_sequences(self) -> Self:
+        packing, longest = self.mixture.packing, self.encoding.max_length
+        if packing and longest > packing.length:
+            raise ValueError(
+                f"encoding.max_length {longest} exceeds mixture.packing.length {packing.length}, and no sample is cut "
+                "to fit into a sequence: lower the one, or raise the other"
             )
         return self
 

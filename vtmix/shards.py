@@ -1,11 +1,13 @@
 """Writes MDS shards from pools by gathering sample bytes that are ready: the hot path.
 
 Per shard and domain one contiguous window of the pool is memory-mapped; runs of samples are put in order by Arrow, with
-the interpreter lock released, then hashed and written while they are in a core's cache. A shard depends on the plan and
-the pools alone, so any worker can write it.
+the interpreter lock released, then hashed and written while they are in a core's cache. Where samples are packed, the
+whole shard is put in order, and sequences.py makes its sequences. A shard depends on the plan and the pools alone, so
+any worker can write it.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,8 +20,12 @@ from vtmix import mds
 from vtmix.artifacts import Plan
 from vtmix.errors import ConflictError, DamageError, MixtureError
 from vtmix.plan import arrangement, shard_bounds
-from vtmix.pool import Pool, byte_lengths, numbers
+from vtmix.pool import Pool, byte_lengths, gather, numbers
+from vtmix.sequences import packed, places
+from vtmix.settings import Packing
 from vtmix.staging import Staging
+
+Data = bytes | memoryview
 
 GATHER_BYTES = 1 << 21
 """Samples are gathered, hashed and written in runs of about this size, which stay in a core's cache throughout."""
@@ -39,15 +45,19 @@ class ShardReport:
     sha256: str
     tokens: dict[str, int]
     response_tokens: dict[str, int]
+    sequences: int | None = None
 
     @property
     def size(self) -> mds.ShardSize:
         """What index.json says of it."""
-        return size_of(self.samples, self.bytes, self.raw_bytes)
+        return size_of(self.sequences or self.samples, self.bytes, self.raw_bytes)
 
 
 def size_of(samples: int, stored: int, raw: int | None) -> mds.ShardSize:
-    """What index.json says of a shard, given the bytes it is stored as and those before compression (None: none)."""
+    """What index.json says of a shard, given the bytes it is stored as and those before compression (None: none).
+
+    What it calls samples are sequences where they are packed.
+    """
     return mds.ShardSize(samples, stored if raw is None else raw, None if raw is None else stored)
 
 
@@ -71,7 +81,12 @@ class _Window:
         self.lengths = byte_lengths(self._arrays)
         self.tokens = _total(tables, "tokens")
         self.response_tokens = _total(tables, "response_tokens")
+        self._tables = tables
         self._next = 0
+
+    def sample_ids(self) -> list[str]:
+        """The ids of all its samples, in order."""
+        return [identity for table in self._tables for identity in table["sample_id"].to_pylist()]
 
     def take(self, count: int) -> Iterator[pa.Array]:
         """The next `count` samples, not copied."""
@@ -101,14 +116,9 @@ def _gathered(windows: Sequence[_Window], domains: npt.NDArray[np.int32]) -> mem
     """The bytes of one run of samples: each domain's next ones, in the order given."""
     counts = np.bincount(domains, minlength=len(windows)).tolist()
     slices = [part for window, count in zip(windows, counts, strict=True) for part in window.take(count)]
-    places = np.empty(len(domains), np.int64)
-    places[np.argsort(domains, kind="stable")] = np.arange(len(domains))
-    # Not pa.array(places), which would import pandas: that takes longer than writing several shards.
-    indices = pa.Array.from_buffers(pa.int64(), len(places), [None, pa.py_buffer(places)])
-    gathered = pa.concat_arrays(slices).take(indices)
-    _, offsets, data = gathered.buffers()
-    first, *_, last = np.frombuffer(offsets, np.int64, len(gathered) + 1, 8 * gathered.offset)[[0, -1]].tolist()
-    return memoryview(data)[first:last]
+    order = np.empty(len(domains), np.int64)
+    order[np.argsort(domains, kind="stable")] = np.arange(len(domains))
+    return gather(pa.concat_arrays(slices), order)
 
 
 def recorded(staging: Staging, name: str) -> ShardReport | None:
@@ -167,17 +177,17 @@ class ShardWriter:
         if (done := recorded(staging, name)) is not None:
             return done
         windows = self._windows(task)
-        samples = task.stop - task.start
-        raw_bytes = self.layout.header_bytes(samples) + sum(int(window.lengths.sum()) for window in windows)
+        lengths, runs = self._samples(task, windows)
+        raw_bytes = self.layout.header_bytes(len(lengths)) + int(lengths.sum())
         digest, size = hashlib.sha256(), 0
         with staging.write(name, raw_bytes) as file:
-            for data in self._stored(self._content(task, windows)):
+            for data in self._stored(itertools.chain([self.layout.header(lengths)], runs)):
                 digest.update(data)
                 size += file.write(data)
         return ShardReport(
             number=task.number,
             name=name,
-            samples=samples,
+            samples=task.stop - task.start,
             bytes=size,
             raw_bytes=raw_bytes if self.layout.compression else None,
             sha256=digest.hexdigest(),
@@ -185,38 +195,61 @@ class ShardWriter:
             response_tokens={
                 name: window.response_tokens for name, window in zip(self.plan.domains, windows, strict=True)
             },
+            sequences=len(lengths) if self.layout.packing else None,
         )
 
-    def content(self, task: ShardTask) -> Iterator[bytes | memoryview]:
-        """The bytes of a shard before compression, in runs of about GATHER_BYTES."""
-        return self._content(task, self._windows(task))
+    def content(self, task: ShardTask) -> Iterator[Data]:
+        """The bytes of a shard before compression, in runs of about GATHER_BYTES, or of a sequence."""
+        lengths, runs = self._samples(task, self._windows(task))
+        return itertools.chain([self.layout.header(lengths)], runs)
 
-    def stored(self, task: ShardTask) -> Iterator[bytes | memoryview]:
+    def stored(self, task: ShardTask) -> Iterator[Data]:
         """The bytes of a shard's file."""
         return self._stored(self.content(task))
 
-    def _stored(self, content: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    def _stored(self, content: Iterator[Data]) -> Iterator[Data]:
         return content if self.layout.compression is None else iter([self.layout.compress(b"".join(content))])
 
-    def _content(self, task: ShardTask, windows: Sequence[_Window]) -> Iterator[bytes | memoryview]:
+    def _samples(self, task: ShardTask, windows: Sequence[_Window]) -> tuple[mds.Integers, Iterator[Data]]:
+        """What follows a shard's header: the lengths in bytes of its samples, or sequences, and their bytes in runs."""
         domains, _ = self._arrangement.stretch(task.start, task.stop)
         lengths = np.empty(len(domains), np.int64)
         for number, window in enumerate(windows):
             # Within a shard a domain's samples keep their order, so its lengths fall into place as they stand.
             lengths[domains == number] = window.lengths
-        yield self.layout.header(lengths)
+        if self.layout.packing:
+            sequences = self._sequences(task, domains, windows, lengths, self.layout.packing)
+            return np.array(list(map(len, sequences)), np.int64), iter(sequences)
         step = max(1, GATHER_BYTES * len(lengths) // max(int(lengths.sum()), 1))
-        for start in range(0, len(domains), step):
-            yield _gathered(windows, domains[start : start + step])
+        return lengths, (_gathered(windows, domains[at : at + step]) for at in range(0, len(domains), step))
 
-    def sample_ids(self, task: ShardTask) -> list[str]:
-        """The ids of a shard's samples, in order."""
+    def _sequences(
+        self,
+        task: ShardTask,
+        domains: npt.NDArray[np.int32],
+        windows: Sequence[_Window],
+        lengths: mds.Integers,
+        packing: Packing,
+    ) -> list[bytes]:
+        sample_ids = np.empty(len(domains), object)
+        for number, window in enumerate(windows):
+            sample_ids[domains == number] = window.sample_ids()
+        edges = np.concatenate([[0], np.cumsum(lengths)])
+        seed = self.plan.seed, task.number
+        names = list(self.plan.domains)
+        return list(packed(_gathered(windows, domains), edges, domains, names, list(sample_ids), packing, seed))
+
+    def rows(self, task: ShardTask) -> mds.Integers:
+        """The row of the shard in which each sample of its stretch stands: shape (samples,). Packed ones share rows."""
+        if self.layout.packing is None:
+            return np.arange(task.stop - task.start)
         domains, _ = self._arrangement.stretch(task.start, task.stop)
-        identities = np.empty(len(domains), object)
-        for number, (pool, first, count) in enumerate(self._reads(task)):
-            found = [identity for table in pool.window(first, count) for identity in table["sample_id"].to_pylist()]
-            identities[domains == number] = found
-        return list(identities)
+        tokens = np.empty(len(domains), np.int64)
+        for number, (pool, position, count) in enumerate(self._reads(task)):
+            tables = pool.window(position, count, ["tokens"])
+            tokens[domains == number] = numbers(chunk for table in tables for chunk in table["tokens"].chunks)
+        found, _ = places(tokens, domains, len(self._pools), self.layout.packing, (self.plan.seed, task.number))
+        return found
 
     def _reads(self, task: ShardTask) -> Iterator[tuple[Pool, int, int]]:
         """Per domain: its pool, the position of the shard's first sample of it, and how many there are."""

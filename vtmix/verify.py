@@ -68,6 +68,11 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
     for name, wanted in itertools.zip_longest(names, expected):
         if name != wanted:
             yield f"{name!r} is no file of a mixture, or out of order (expected {wanted!r})"
+    unpacked = [file.name for file in manifest.files if file.sequences is None]
+    if unpacked != ([mds.INDEX] if layout.packing else names):
+        yield "its files do not count their sequences as a mixture of these inputs does"
+    elif (made := compiler.packing_of(layout, manifest.tokens, manifest.files)) != manifest.packing:
+        yield f"it says packing {manifest.packing!r}, which should be {made!r}"
     if identity != manifest.fingerprint_of_inputs:
         yield "its inputs do not have the fingerprint it gives"
     for name in {**plan.domains, **manifest.domains}:
@@ -131,7 +136,7 @@ def _is_index_of(path: Path, manifest: Manifest) -> bool:
     """Whether index.json is what vtmix writes for these shards: no other name, column type or size can stand in it."""
     plan, layout = compiler.made_from(manifest)
     bounds = zip(shard_bounds(plan), manifest.files[1:], strict=True)
-    sizes = [size_of(stop - start, file.bytes, file.raw_bytes) for (start, stop), file in bounds]
+    sizes = [size_of(file.sequences or stop - start, file.bytes, file.raw_bytes) for (start, stop), file in bounds]
     return path.read_bytes() == layout.index(sizes)
 
 
@@ -193,21 +198,23 @@ def _locate(path: Path, file: MixtureFile, manifest: Manifest, pools: Mapping[st
                 found = layout.expand(found, file.raw_bytes)
             except ValueError:
                 return [f"cannot be expanded: all its {task.stop - task.start:,} samples are lost"]
-        return _changes(whole, found, writer.sample_ids(task))
+        return _changes(whole, found, layout)
     except (VtmixError, OSError, IndexError) as error:
         return [f"the samples cannot be named: {error}"]
 
 
-def _changes(expected: bytes, found: bytes, sample_ids: list[str]) -> list[str]:
+def _changes(expected: bytes, found: bytes, layout: mds.Layout) -> list[str]:
     """The regions of a shard in which bytes changed or are missing."""
-    table = 4 + 4 * (len(sample_ids) + 1)
-    offsets = np.frombuffer(expected, np.uint32, len(sample_ids) + 1, offset=4).tolist()
+    count = int.from_bytes(expected[:4], "little")
+    table = 4 + 4 * (count + 1)
+    offsets = np.frombuffer(expected, np.uint32, count + 1, offset=4).tolist()
     regions = [("sample count", 0, 4), ("offset table", 4, table), ("header", table, offsets[0])]
-    regions += [
-        (f"sample {identity} (number {number} of the shard)", *edges)
-        for number, (identity, edges) in enumerate(zip(sample_ids, itertools.pairwise(offsets), strict=True))
-    ]
     lines = [f"{what} changed" for what, begin, end in regions if expected[begin:end] != found[begin:end]]
+    for number, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        if expected[begin:end] != found[begin:end]:
+            sample = mds.decode_sample(expected[begin:end], layout.columns)
+            identity = f"samples {sample['sample_ids']}" if layout.packing else f"sample {sample['sample_id']}"
+            lines.append(f"{identity} (number {number} of the shard) changed")
     if len(found) > len(expected):
         lines.append(f"{len(found) - len(expected):,} bytes too many at the end")
     return lines

@@ -25,14 +25,19 @@ def rate(step: int, steps: int, warmup: float) -> float:
 
 
 class LearningRate(Callback):  # type: ignore[misc]
-    """Sets the rate of each step from its number alone, so that it runs on over epochs, fits and restarts."""
+    """Sets the rate of each step from the share of all epochs that is done, so that it runs on over epochs, fits and
+    restarts, though an epoch of packed sequences has as many steps as it turns out to have.
+    """
 
-    def __init__(self, peak: float, steps: int, warmup: float) -> None:
-        self._peak, self._steps, self._warmup = peak, steps, warmup
+    def __init__(self, peak: float, epochs: int, warmup: float) -> None:
+        self._peak, self._epochs, self._warmup = peak, epochs, warmup
 
     def batch_start(self, state: Any, logger: Any) -> None:
         """Called by Composer before each step."""
-        lr = self._peak * rate(state.timestamp.batch.value, self._steps, self._warmup)
+        # As if every epoch had the steps of this one.
+        steps, time = state.dataloader_len.value, state.timestamp
+        step = time.epoch.value * steps + time.batch_in_epoch.value
+        lr = self._peak * rate(step, self._epochs * steps, self._warmup)
         for group in state.optimizers[0].param_groups:
             group["lr"] = lr
         logger.log_metrics({"lr": lr})

@@ -29,8 +29,11 @@ def start_ranks(config: MixtureConfig) -> None:
         raise ConfigError("training.fsdp needs GPUs: set it to null")
     if (settings.fsdp or {}).get("state_dict_type", "full") != "full":
         raise ConfigError("training.fsdp.state_dict_type: checkpoints are one file each, so it has to be 'full'")
-    ranks = dist.get_world_size()
-    for name, value in (("training.batch_size", settings.batch_size), ("samples_per_epoch", config.samples_per_epoch)):
+    ranks, packing = dist.get_world_size(), config.mixture.packing
+    for name, value in (
+        ("training.batch_size", settings.batch_size),
+        ("mixture.packing.multiple", packing.multiple) if packing else ("samples_per_epoch", config.samples_per_epoch),
+    ):
         if value % ranks:
             near = value - value % ranks or ranks
             raise ConfigError(f"{name} {value} cannot be divided among {ranks} ranks: set it to {near}, say")

@@ -1,6 +1,5 @@
 """One run in Composer's Trainer: model, optimizer, data and loggers, set up from the configuration."""
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -36,13 +35,15 @@ class Session:
         location, revision = config.model_location(config.model), config.model.revision
         self._config, self._run = config, run_folder(config)
         self._tokenizer = load_tokenizer(location, revision)
-        self._model = ResponseModel(batches.load_model(location, revision), self._tokenizer)
+        model = batches.load_model(location, revision)
+        if config.mixture.packing:
+            batches.require_apart(model)
+        self._model = ResponseModel(model, self._tokenizer)
         settings = config.training
         self._saver = Saver(self._run.checkpoints, settings.checkpoint_steps, settings.keep_checkpoints)
         self._progress = Progress()
-        steps = config.epochs * math.ceil(config.samples_per_epoch / settings.batch_size)
         own = [
-            LearningRate(settings.lr, steps, settings.warmup),
+            LearningRate(settings.lr, config.epochs, settings.warmup),
             StepLog(self._run.path / "training" / "steps.jsonl"),
             self._saver,
             self._progress,
@@ -127,7 +128,7 @@ class Session:
         return DataSpec(
             loader,
             split_batch=split,
-            get_num_samples_in_batch=lambda batch: len(batch["sample_id"]),
+            get_num_samples_in_batch=lambda batch: len(batch["labels"]),
             get_num_tokens_in_batch=_tokens,
         )
 
@@ -176,7 +177,7 @@ def open_mixture(folder: Path, batch_size: int) -> StreamingDataset:
 
 
 def _tokens(batch: batches.Batch) -> dict[str, int]:
-    return {"total": int(batch["attention_mask"].sum()), "loss_generating": batches.response_tokens(batch)}
+    return {"total": sum(batch["tokens"]), "loss_generating": batches.response_tokens(batch)}
 
 
 def clipping(norm: float | None) -> list[GradientClipping]:
