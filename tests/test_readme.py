@@ -37,7 +37,10 @@ IN_A_PROJECT = [
     "vtmix plan --epoch 1",
     "vtmix compile --epoch 1",
     "vtmix verify --epoch 1",
+    "python jobs/compile.py --epoch 1",
+    "vtmix trace --epoch 1 --step 1",
     "vtmix status",
+    "vtmix gc",
 ]
 
 
