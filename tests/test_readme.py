@@ -19,7 +19,7 @@ ELSEWHERE = {
     "make test": "this suite is what it runs",
     "make vllm-env": "`make test` builds it, and test_vllm.py runs what it holds",
     "vtmix init": "test_init_writes_a_configuration_that_is_understood_and_never_overwrites_one",
-    'ray job submit --working-dir . -- python jobs/detect.py --config "$PWD/mixture.yaml"': "test_ray_job_detect.py",
+    'ray job submit --working-dir . -- python jobs/detect.py --config "$PWD/mixture.yaml"': "test_ray_jobs.py",
 }
 # In this order: the whole run, then each stage of it again, which finds its work done.
 IN_A_PROJECT = [

@@ -429,6 +429,25 @@ def test_training_goes_on_with_another_number_of_ranks(make, whole):
 PACKED = {"packing": {"length": 96, "multiple": 2}, "batch_size": 2}
 
 
+def test_training_from_compressed_mixtures_in_a_store_is_training_from_those_on_disk(make, golden):
+    import yaml
+
+    training = make("stored")
+    path = training.folder / "mixture.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["mixture"] = {"store": (training.folder / "store").as_uri(), "compression": "zstd:1"}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert training.start(kill_at_step=8)[0] == KILLED
+    training.finish()
+    assert training.seen() == golden.seen()
+    assert training.steps() == golden.steps()
+    assert training.losses(EPOCHS) == golden.losses(EPOCHS)
+    assert names(training.folder / "store") == [f"epoch-{epoch:04d}" for epoch in range(1, EPOCHS + 1)]
+    assert names(training.run / "mixture") == [f"epoch-{epoch:04d}.json" for epoch in range(1, EPOCHS + 1)]
+    for folder in (training.folder / "store").iterdir():
+        assert names(folder) == ["index.json", "manifest.json", "shard.00000.mds.zstd"]
+
+
 @pytest.fixture(scope="module")
 def packed(server, prepared, tmp_path_factory):
     """The uninterrupted run on packed sequences, without dropout."""

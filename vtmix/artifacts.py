@@ -427,6 +427,10 @@ class RunFolder:
         """Where the mixture of a manifest's digest is fetched to from a store: never taken for that of another one."""
         return self.path / "cache" / digest[:16]
 
+    def expanded(self, digest: str) -> Path:
+        """Where a reader expands the compressed shards of a manifest's digest to."""
+        return self.path / "cache" / f"{digest[:16]}-expanded"
+
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"

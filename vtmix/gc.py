@@ -1,5 +1,5 @@
 """Removes mixtures that training has left behind. A removed epoch keeps its manifest, and can be compiled again; of one
-in a store, what was fetched from there is removed.
+in a store, what was fetched from there is removed; and of a compressed one, what a reader has expanded.
 
 Kept are the mixtures of every checkpoint, of the epoch that is being trained, and whatever comes after it. Removal is
 one rename out of sight, after the manifest was committed beside the mixture's place: an epoch is there whole, or not.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vtmix import checkpoints, commit
-from vtmix.artifacts import MANIFEST, Manifest, RunFolder, run_folder
+from vtmix.artifacts import Manifest, RunFolder, run_folder
 from vtmix.settings import MixtureConfig
 
 REMOVED_PREFIX = ".removed-"
@@ -53,13 +53,14 @@ def removable(run: RunFolder, epochs: int) -> Iterator[Removable]:
         if epoch in needed or not run.losses(epoch).exists() or not run.manifest(epoch).exists():
             continue
         manifest = Manifest.read(run.manifest(epoch), "")
-        for folder in (run.mixture(epoch), run.cache(manifest.digest())):
-            if (folder / MANIFEST).exists():
-                yield Removable(epoch, folder, sum(file.bytes for file in manifest.files))
+        digest = manifest.digest()
+        for folder in (run.mixture(epoch), run.cache(digest), run.expanded(digest)):
+            if folder.is_dir():
+                yield Removable(epoch, folder, sum(path.stat().st_size for path in folder.iterdir()))
 
 
 def _remove(run: RunFolder, found: Removable) -> None:
-    commit.publish_file(run.kept_manifest(found.epoch), (found.folder / MANIFEST).read_bytes())
+    commit.publish_file(run.kept_manifest(found.epoch), run.manifest(found.epoch).read_bytes())
     found.folder.rename(found.folder.with_name(REMOVED_PREFIX + found.folder.name))
     commit.flush_folder(found.folder.parent)
 

@@ -8,6 +8,7 @@
 Both functions commit files and are idempotent: a trainer that was restarted asks again and gets the same answer.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ class Mixture:
     manifest: Manifest
     digest: str
     """SHA-256 of the manifest: names cache folders and ties checkpoints to the data they were trained on."""
+    expanded: Path | None
+    """Where a reader puts compressed shards when it has expanded them, so that the mixture stays as it is."""
 
 
 def begin(config: MixtureConfig, base: Mapping[str, DomainLoss]) -> Mixture:
@@ -83,7 +86,11 @@ def mixture(config: MixtureConfig, epoch: int) -> Mixture:
         require_sound(kept, path, epoch)
         folder = fetch(store, kept, run.cache(kept.digest()))
     manifest = require_intact(folder)
-    return Mixture(epoch, folder, manifest, manifest.digest())
+    expanded = None
+    if any(file.raw_bytes is not None for file in manifest.files):
+        expanded = run.expanded(manifest.digest())
+        shutil.rmtree(expanded, ignore_errors=True)  # no reader looks at what it expanded before
+    return Mixture(epoch, folder, manifest, manifest.digest(), expanded)
 
 
 def losses_of(config: MixtureConfig, epoch: int) -> Losses | None:

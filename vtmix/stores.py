@@ -62,8 +62,11 @@ class Store:
     def write(self, name: str) -> Iterator[BinaryIO]:
         """An object to write, which appears when it is complete; what an error leaves is never counted as one."""
         files, path = self._place(name)
-        with self._named(name, "written"), files.open_output_stream(path) as file:
-            yield file
+        with self._named(name, "written"):
+            if files.type_name == "local":  # a folder that is shared; stores proper have none to make
+                files.create_dir(path.rpartition("/")[0], recursive=True)
+            with files.open_output_stream(path) as file:
+                yield file
 
     def put(self, name: str, data: bytes) -> None:
         """Writes an object."""

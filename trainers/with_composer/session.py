@@ -76,7 +76,7 @@ class Session:
         """Takes the steps of an epoch that were not taken yet, and commits a checkpoint at its end."""
         self._saver.mixture = mixture
         size = self._config.training.batch_size // dist.get_world_size()
-        data = self._data(open_mixture(mixture.folder, size), size)
+        data = self._data(open_mixture(mixture, size), size)
         left = len(data.dataloader) - int(self._trainer.state.timestamp.batch_in_epoch.value)
         self._restore_random_state()
         with self._bar(f"train epoch {mixture.epoch}/{self._config.epochs}", left, "steps") as self._progress.advance:
@@ -166,13 +166,18 @@ def execution(config: MixtureConfig) -> dict[str, Any]:
     }
 
 
-def open_mixture(folder: Path, batch_size: int) -> StreamingDataset:
+def open_mixture(mixture: Mixture, batch_size: int) -> StreamingDataset:
     """An epoch's shards in the order on disk, which is training order on any number of ranks.
 
     One canonical node makes step s take samples s·batch … (s+1)·batch of that order over all ranks together.
     """
     return StreamingDataset(
-        local=str(folder), shuffle=False, shuffle_seed=0, num_canonical_nodes=1, batch_size=batch_size
+        local=str(mixture.expanded or mixture.folder),
+        remote=str(mixture.folder) if mixture.expanded else None,
+        shuffle=False,
+        shuffle_seed=0,
+        num_canonical_nodes=1,
+        batch_size=batch_size,
     )
 
 

@@ -1,4 +1,4 @@
-"""jobs/detect.py on a real cluster, by `ray job submit`, with token authentication on."""
+"""Jobs on a real cluster, by `ray job submit`, with token authentication on."""
 
 import contextlib
 import os
@@ -15,7 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from handmade import tree
 from test_detect import ROOT, World, content_of, descendants, golden, wait_until, world  # noqa: F401
+
+from vtmix.artifacts import Weights, run_folder
+from vtmix.compile import compile_epoch
+from vtmix.config import load
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -119,3 +124,17 @@ def test_a_job_given_an_absolute_path_commits_in_the_submitters_folder(head, pro
     folder = project_folder / "submitted" / "detection"
     assert f"committed {folder / 'detection.json'}: 408 samples" in done.stdout
     assert content_of(folder) == content_of(golden)
+
+
+def test_a_compile_job_writes_the_mixture_that_the_command_does(head, project_folder):
+    config = load(project_folder / "mixture.yaml")
+    shares = dict.fromkeys(config.domains, 1 / len(config.domains))
+    Weights(epoch=1, weights=shares).publish(run_folder(config).weights(1))
+    command = ["python", "jobs/compile.py", "--epoch", "1", "--config", str(project_folder / "mixture.yaml")]
+    done = head.submit(project_folder, *command)
+    assert done.returncode == 0, done.stdout
+    assert f"committed: {run_folder(config).mixture(1)}" in done.stdout
+    found = tree(run_folder(config).mixture(1))
+    run_folder(config).mixture(1).rename(project_folder / "by-the-job")
+    compile_epoch(config, 1)
+    assert tree(run_folder(config).mixture(1)) == found
