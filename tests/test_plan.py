@@ -13,7 +13,7 @@ from vtmix import mds
 from vtmix.artifacts import EvalSplit, PoolManifest, Weights
 from vtmix.errors import MixtureError
 from vtmix.plan import WINDOW, Arrangement, apportion, apportion_amounts, arrangement, make_plan, shard_bounds
-from vtmix.weights import normalise
+from vtmix.simplex import normalise
 
 
 @st.composite

@@ -22,6 +22,7 @@ LAYERS = [
     {"config", "commit", "progress", "distribute", "environments", "engine", "published", "forecast"},
     {"artifacts"},
     {"mds", "packing", "records", "sources", "samples", "cluster", "stores"},
+    {"simplex", "signals", "algorithms"},
     {
         "encode",
         "weights",

@@ -7,10 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vtmix.algorithms import Situation, Trained
 from vtmix.artifacts import DomainLoss, Losses, Reference, ReferenceLoss
 from vtmix.errors import LossError, MixtureError
 from vtmix.settings import WeightsSettings
-from vtmix.weights import Signal, first_weights, initial, lift, next_weights, normalise, update
+from vtmix.signals import Signal, check_losses, make_signals, unit_of
+from vtmix.simplex import lift, normalise
+from vtmix.weights import make_weights
 
 positive = st.floats(min_value=1e-300, max_value=1e300)
 NAMES = ("law", "medicine", "finance", "science", "code", "other")
@@ -49,9 +52,23 @@ def reference(tokenizer="t", **nats):
 
 
 def weigh(previous, now, before=None, ceiling=None, **settings):
-    return next_weights(
-        WeightsSettings(**settings), previous, losses=now, losses_before=before, reference=ceiling, inputs={}
-    )
+    """The weights after an epoch trained with `previous`, as the loop makes them."""
+    check_losses(now, tuple(previous))
+    unit = unit_of(now, ceiling)
+    history = (Trained(previous, make_signals(now, before, ceiling, unit)),)
+    situation = Situation(now.epoch + 1, tuple(previous), WeightsSettings(**settings), history=history)
+    return make_weights(situation, {}, unit=unit, losses=now, losses_before=before)
+
+
+def update(weights, signals, sigma, floor):
+    """Algorithm 2, and the floor."""
+    settings = WeightsSettings(sigma=sigma, floor=floor)
+    return make_weights(Situation(2, tuple(weights), settings, history=(Trained(weights, signals),)), {}).weights
+
+
+def initial(algorithm, domains, detected, floor=0.0):
+    """The weights before any training."""
+    return make_weights(Situation(1, domains, WeightsSettings(algorithm=algorithm, floor=floor), detected), {}).weights
 
 
 def test_algorithm_2_by_hand():
@@ -221,7 +238,5 @@ def test_a_domain_at_zero_is_said_aloud_and_stays_there():
 
 
 def test_the_floor_acts_on_the_first_epoch_too():
-    found = first_weights(
-        WeightsSettings(algorithm="constant", floor=0.1), ("law", "code"), {"law": 0.99, "code": 0.01}, {}
-    )
-    assert found.weights == {"law": pytest.approx(0.9), "code": pytest.approx(0.1)}
+    found = initial("constant", ("law", "code"), {"law": 0.99, "code": 0.01}, floor=0.1)
+    assert found == {"law": pytest.approx(0.9), "code": pytest.approx(0.1)}

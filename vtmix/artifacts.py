@@ -284,6 +284,17 @@ class WeightTerms(Model):
     factor: Annotated[float | None, Field(description="1 + σγ, what the previous weight was multiplied by")] = None
 
 
+class ExpansionCondition(Model):
+    """Line 8 of Algorithm 3 with both its sides, and what followed from it."""
+
+    targets: tuple[DomainName, ...]
+    forgetting: Annotated[float, Field(description="mean forgetting degree φ of the other domains")]
+    bound: Annotated[float, Field(description="ε times the mean learnable potential γ of the targets")]
+    holds: Annotated[bool, Field(description="forgetting < bound")]
+    bounded: Annotated[bool, Field(description="false: the algorithm goes on whether it holds or not")]
+    gain: Annotated[float, Field(description="what the targets gained: δ, or less where a cap acted; 0: nothing")]
+
+
 class Weights(Artefact):
     """Target shares for one epoch, and the arithmetic that led to them (weights/epoch-000N.json)."""
 
@@ -295,6 +306,8 @@ class Weights(Artefact):
     knowledge: Annotated[str | None, Field(description="how the knowledge distribution behind them is known")] = None
     weights: Annotated[dict[DomainName, Probability], Field(description="sums to 1")]
     terms: dict[DomainName, WeightTerms] = {}
+    condition: Annotated[ExpansionCondition | None, Field(description="of an algorithm with target domains")] = None
+    lifted: Annotated[tuple[DomainName, ...], Field(description="domains that the floor raised")] = ()
     warnings: Annotated[tuple[str, ...], Field(description="signal health, in words")] = ()
 
     @model_validator(mode="after")

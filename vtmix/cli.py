@@ -303,16 +303,17 @@ def gc(
 @app.command()
 def run(config: Config = None, run: Run = None) -> None:
     """Run every stage: pools, detection, reference losses, then training with a new mixture each epoch."""
-    from vtmix.settings import DETECTING, REFERENCING
+    from vtmix.algorithms import named
 
     settings, folder = load(config, run)
     with _stage("pools"):
         for name, manifest in _pool(settings).items():
             say(f"{name}: {_pool_line(manifest)}")
-    if settings.weights.algorithm in DETECTING:
+    algorithm = named(settings.weights.algorithm)
+    if algorithm.detects:
         with _stage("detection"):
             _detect(settings)
-    if settings.weights.algorithm in REFERENCING:
+    if algorithm.refers:
         with _stage("reference losses"):
             _reference(settings)
     with _stage("training"):

@@ -9,18 +9,20 @@ Both functions commit files and are idempotent: a trainer that was restarted ask
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vtmix import commit
 from vtmix import config as configuration
+from vtmix.algorithms import Situation, Trained, named
 from vtmix.artifacts import (
     DetectionReport,
     DomainLoss,
     Inputs,
     Losses,
     Manifest,
+    PoolManifest,
     Reference,
     RunFolder,
     Weights,
@@ -28,10 +30,12 @@ from vtmix.artifacts import (
 )
 from vtmix.compile import compile_epoch, open_pools, store_of
 from vtmix.errors import ConflictError, MissingError, listing
-from vtmix.settings import DETECTING, REFERENCING, MixtureConfig
+from vtmix.pool import POOL
+from vtmix.settings import MixtureConfig
+from vtmix.signals import Unit, check_losses, make_signals, unit_of
 from vtmix.stores import fetch
 from vtmix.verify import require_intact, require_sound
-from vtmix.weights import check_losses, first_weights, next_weights
+from vtmix.weights import make_weights
 
 
 @dataclass(frozen=True)
@@ -156,29 +160,38 @@ def weigh(config: MixtureConfig, epoch: int) -> tuple[Weights, bool]:
 
 
 def _initial_weights(config: MixtureConfig, run: RunFolder) -> tuple[Inputs, Weights]:
-    detection = _detection(config, run)
+    """The weights before any update."""
+    detection, sizes = _detection(config, run), _sizes(config, run)
     inputs: Inputs = {
         "settings": config.weights.model_dump(mode="json"),
         "domains": list(config.domains),
         "detection": detection.fingerprint() if detection else None,
+        "sizes": sizes,
     }
-    detected = dict(detection.distribution) if detection else None
-    knowledge = detection.knowledge if detection else None
-    return inputs, first_weights(config.weights, tuple(config.domains), detected, inputs, knowledge)
+    situation = Situation(
+        epoch=1,
+        domains=tuple(config.domains),
+        settings=config.weights,
+        knowledge=detection.distribution if detection else None,
+        sizes=sizes,
+    )
+    return inputs, make_weights(situation, inputs, knowledge=detection.knowledge if detection else None)
 
 
 def _weights(config: MixtureConfig, run: RunFolder, epoch: int) -> tuple[Inputs, Weights]:
+    """The weights of an epoch after the losses of the one before."""
     losses = Losses.read(
         run.losses(epoch - 1), f"train epoch {epoch - 1} first" if epoch > 1 else "begin the run first"
     )
+    check_losses(losses, tuple(config.domains))
     before = losses_of(config, epoch - 2) if epoch > 1 else None
     reference = _reference(config, run)
-    if epoch == 1:
-        start_inputs, start = _initial_weights(config, run)
-        previous, origin, knowledge = start.weights, start_inputs, start.knowledge
+    start = _initial_weights(config, run) if config.weights.update_before_first_epoch else None
+    if start and epoch == 1:
+        origin, previous = start
     else:
-        found = Weights.read(run.weights(epoch - 1), f"weigh epoch {epoch - 1} first")
-        previous, origin, knowledge = found.weights, {"fingerprint": found.fingerprint()}, found.knowledge
+        previous = Weights.read(run.weights(epoch - 1), f"weigh epoch {epoch - 1} first")
+        origin = {"fingerprint": previous.fingerprint()}
     inputs: Inputs = {
         "settings": config.weights.model_dump(mode="json"),
         "previous": origin,
@@ -186,30 +199,66 @@ def _weights(config: MixtureConfig, run: RunFolder, epoch: int) -> tuple[Inputs,
         "losses_before": before.fingerprint() if before else None,
         "reference": reference.fingerprint() if reference else None,
     }
-    return inputs, next_weights(
-        config.weights,
-        previous,
-        losses=losses,
-        losses_before=before,
-        reference=reference,
-        inputs=inputs,
-        knowledge=knowledge,
+    unit, detection = unit_of(losses, reference), _detection(config, run)
+    situation = Situation(
+        epoch=epoch,
+        domains=tuple(config.domains),
+        settings=config.weights,
+        knowledge=detection.distribution if detection else None,
+        sizes=_sizes(config, run),
+        history=tuple(_history(config, run, epoch, start[1].weights if start else None, reference, unit)),
+    )
+    return inputs, make_weights(
+        situation, inputs, unit=unit, losses=losses, losses_before=before, knowledge=previous.knowledge
     )
 
 
+def _history(
+    config: MixtureConfig,
+    run: RunFolder,
+    epoch: int,
+    initial: Mapping[str, float] | None,
+    reference: Reference | None,
+    unit: Unit,
+) -> Iterator[Trained]:
+    """What was trained before an epoch, oldest first; with `initial` weights, the base model's losses count as well."""
+    for number in range(1 if initial is None else 0, epoch):
+        losses = Losses.read(run.losses(number), f"train epoch {number} first")
+        before = losses_of(config, number - 1) if number else None
+        weights = Weights.read(run.weights(number), f"weigh epoch {number} first").weights if number else initial
+        yield Trained(weights or {}, make_signals(losses, before, reference, unit))
+
+
 def _detection(config: MixtureConfig, run: RunFolder) -> DetectionReport | None:
-    if config.weights.algorithm not in DETECTING:
+    """The detection, where the algorithm starts from one; a rule of the user's own gets what there is."""
+    algorithm = named(config.weights.algorithm)
+    if not (algorithm.detects or algorithm.own):
         return None
-    return DetectionReport.read(run.detection, "run `vtmix detect` first, or write the file by hand")
+    try:
+        return DetectionReport.read(run.detection, "run `vtmix detect` first, or write the file by hand")
+    except MissingError:
+        if algorithm.detects:
+            raise
+        return None
 
 
 def _reference(config: MixtureConfig, run: RunFolder) -> Reference | None:
     try:
         return Reference.read(run.reference, "run `vtmix reference` first, or write the file by hand")
     except MissingError:
-        if config.weights.algorithm in REFERENCING:
+        if named(config.weights.algorithm).refers:
             raise
         return None
+
+
+def _sizes(config: MixtureConfig, run: RunFolder) -> dict[str, int] | None:
+    """Samples in each pool, where the algorithm goes by them; None before they are built."""
+    algorithm = named(config.weights.algorithm)
+    if not (algorithm.sized or algorithm.own):
+        return None
+    if not all((run.pool(name) / POOL).exists() for name in config.domains):
+        return None
+    return {name: PoolManifest.read(run.pool(name) / POOL, "").samples for name in config.domains}
 
 
 def _commit_losses(config: MixtureConfig, epoch: int, domains: Mapping[str, DomainLoss]) -> None:

@@ -4,6 +4,7 @@ Each model is one part of the file, and its descriptions are what editors show. 
 mixture.yaml.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -257,23 +258,50 @@ class Reference(Model):
     resources: Resources = Resources(cpus=1)
 
 
-Algorithm = Literal["uniform", "inverse", "constant", "versatune"]
-DETECTING: frozenset[str] = frozenset({"inverse", "constant", "versatune"})
-REFERENCING: frozenset[str] = frozenset({"versatune"})
+Algorithm = Literal[
+    "uniform",
+    "inverse",
+    "constant",
+    "versatune",
+    "versatune-expand",
+    "expand-unbounded",
+    "expand-uniform",
+    "single-domain",
+    "natural",
+    "temperature",
+    "doremi",
+    "odm",
+    "authors-code",
+    "schedule",
+]
+OwnRule = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+EXPANDING = ("versatune-expand", "expand-unbounded", "expand-uniform", "single-domain")
 
 
 class WeightsSettings(Model):
-    """Which rule moves the weights, and its settings (versatune: arXiv 2411.11266, Algorithm 2)."""
+    """Which rule moves the weights, and its settings (arXiv 2411.11266, Algorithms 2 and 3, and their rivals)."""
 
-    algorithm: Algorithm = "versatune"
-    sigma: Annotated[float, Field(ge=0, description="step size; the paper uses 0.5")] = 0.5
+    algorithm: Annotated[
+        Algorithm | OwnRule, Field(description="module:function names a rule of your own, which is imported")
+    ] = "versatune"
+    sigma: Annotated[float, Field(ge=0, description="step size of Algorithms 2 and 3; the paper uses 0.5")] = 0.5
     floor: Annotated[Share, Field(description="no domain's weight falls below this")] = 0.0
     update_before_first_epoch: Annotated[
         bool, Field(description="evaluate the base model and update once before epoch 1 (Algorithm 2 to the letter)")
     ] = False
-
-
-Unit = Literal["samples", "tokens", "response_tokens"]
+    targets: Annotated[
+        tuple[DomainName, ...], Field(description="the domains to expand: Algorithm 3's, and single-domain's")
+    ] = ()
+    delta: Annotated[Share, Field(description="what the targets gain per epoch, in absolute weight")] = 0.1
+    epsilon: Annotated[
+        float, Field(ge=0, description="the others' mean φ must stay below ε times the targets' γ for a gain")
+    ] = 1.0
+    temperature: Annotated[float, Field(gt=0, description="τ: natural^(1/τ)")] = 2.0
+    eta: Annotated[float, Field(ge=0, description="step size of doremi")] = 1.0
+    smoothing: Annotated[Share, Field(description="of doremi, towards uniform")] = 1e-3
+    schedule: Annotated[
+        tuple[dict[DomainName, Share], ...], Field(description="weights per epoch; the last ones hold for the rest")
+    ] = ()
 
 
 class Packing(Model):
@@ -284,6 +312,9 @@ class Packing(Model):
         int,
         Field(ge=1, description="a shard's sequences are a multiple of this, by empty ones: the trainer's ranks"),
     ] = 1
+
+
+Unit = Literal["samples", "tokens", "response_tokens"]
 
 
 class Mixture(Model):
@@ -372,6 +403,31 @@ class MixtureConfig(Model):
                 f"encoding.max_length {longest} exceeds mixture.packing.length {packing.length}, and no sample is cut "
                 "to fit into a sequence: lower the one, or raise the other"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _targets_are_some_of_the_domains(self) -> Self:
+        settings = self.weights
+        unknown = [name for name in settings.targets if name not in self.domains]
+        if unknown:
+            raise ValueError(f"weights.targets: {', '.join(unknown)} is none of the domains {', '.join(self.domains)}")
+        if settings.algorithm in EXPANDING and not 0 < len(set(settings.targets)) < len(self.domains):
+            raise ValueError(
+                f"weights.algorithm '{settings.algorithm}' needs weights.targets: one domain or more, but not all"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_gives_weights(self) -> Self:
+        settings = self.weights
+        if settings.algorithm == "schedule" and not settings.schedule:
+            raise ValueError("weights.algorithm 'schedule' needs weights.schedule: a mapping of weights per epoch")
+        for number, declared in enumerate(settings.schedule, start=1):
+            unknown = [name for name in declared if name not in self.domains]
+            total = math.fsum(declared.values())
+            if unknown or abs(total - 1) > 1e-9:
+                found = f"unknown domain {', '.join(unknown)}" if unknown else f"weights that sum to {total:.12g}"
+                raise ValueError(f"weights.schedule: epoch {number} has {found}: expected the domains' shares, sum 1")
         return self
 
     @property

@@ -54,7 +54,7 @@ def rows(run: RunFolder, domains: list[str], epochs: int) -> Iterator[Row]:
 def _signals(run: RunFolder, epoch: int, losses: Losses | None) -> dict[str, tuple[float | None, float | None]]:
     """Learnable potential and forgetting degree after an epoch, by the same arithmetic that moves the weights."""
     from vtmix.artifacts import Reference
-    from vtmix.weights import make_signals, unit_of
+    from vtmix.signals import make_signals, unit_of
 
     if losses is None:
         return {}
