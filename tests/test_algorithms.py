@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from vtmix import config, published
 from vtmix.algorithms import ALGORITHMS, Situation, Trained, condition, gained, named
 from vtmix.errors import ConfigError, MixtureError
+from vtmix.explain import explain
 from vtmix.settings import EXPANDING, Algorithm, WeightsSettings
 from vtmix.signals import Signal
 from vtmix.simplex import normalise
@@ -262,3 +263,39 @@ def test_settings_that_make_no_weights_are_refused(tmp_path, weights, sentence):
     with pytest.raises(ConfigError) as refusal:
         config.validate({"model": "m", "domains": domains, "weights": weights}, tmp_path / "mixture.yaml")
     assert sentence in str(refusal.value)
+
+
+# In words
+
+
+def explained(algorithm, signals=SIGNALS, **changes):
+    found = situation(algorithm, history=[Trained(LLAMA_3, signals)], **changes)
+    return "\n".join(explain(make_weights(found, {}, unit="nats_per_token"), found.settings))
+
+
+def test_an_update_is_explained_term_by_term():
+    said = explained("versatune")
+    assert "epoch 2: versatune (Algorithm 2), nats per token" in said
+    assert "law: 0.0194 → 0.0209 (+0.0015)" in said
+    assert "γ = (loss - reference) / loss = (2.0000 - 1.5000) / 2.0000 = 0.2500" in said
+    assert "factor 1 + σγ = 1 + 0.5 × 0.2500 = 1.1250, then normalised" in said
+    assert "= -0.0400, counts as 0.0000: the reference is no better than the model" in said
+    assert "φ = (loss - before) / before = (2.0000 - 1.9000) / 1.9000 = 0.0526" in said
+    assert "= -0.1000, counts as 0.0000: nothing was forgotten" in said
+
+
+def test_the_condition_of_algorithm_3_is_explained_with_both_its_sides():
+    said = explained("versatune-expand")
+    assert "targets medicine: mean φ of the others 0.0105 ≥ 0.0000 = ε × mean γ of the targets (ε = 1)" in said
+    assert "the condition does not hold: Algorithm 2 for all domains" in said
+    said = explained("versatune-expand", targets=("finance",))
+    assert "mean φ of the others 0.0105 < 0.5000" in said
+    assert "the condition holds: the targets gain 0.1000 (δ), the others share the rest by Algorithm 2" in said
+    said = explained("expand-unbounded", floor=0.15)
+    assert "this algorithm does not ask: the targets gain" in said
+
+
+def test_caps_and_floors_that_acted_are_explained():
+    said = explained("versatune-expand", targets=("finance",), delta=0.9, floor=0.1)
+    assert "capped from δ = 0.9" in said
+    assert "the floor of 0.1 raised" in explained("versatune", floor=0.1)

@@ -34,6 +34,7 @@ IN_A_PROJECT = [
     "vtmix detect --estimate",
     "vtmix reference",
     "vtmix weights --epoch 1",
+    "vtmix explain --epoch 1",
     "vtmix plan --epoch 1",
     "vtmix compile --epoch 1",
     "vtmix verify --epoch 1",

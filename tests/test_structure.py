@@ -23,6 +23,7 @@ LAYERS = [
     {"artifacts"},
     {"mds", "packing", "records", "sources", "samples", "cluster", "stores"},
     {"simplex", "signals", "algorithms"},
+    {"explain"},
     {
         "encode",
         "weights",

@@ -195,6 +195,18 @@ def weights(epoch: Epoch, config: Config = None, run: Run = None) -> None:
 
 
 @app.command()
+def explain(epoch: Epoch, config: Config = None, run: Run = None) -> None:
+    """Say why each weight of an epoch moved: the terms of the formula, conditions, caps, floors, warnings."""
+    from vtmix.artifacts import Weights
+    from vtmix.explain import explain as lines
+
+    settings, folder = load(config, run)
+    found = Weights.read(folder.weights(epoch), f"run `vtmix weights --epoch {epoch}` first")
+    for line in lines(found, settings.weights):
+        say(line)
+
+
+@app.command()
 def plan(epoch: Epoch, config: Config = None, run: Run = None) -> None:
     """Commit an epoch's counts and positions per domain, and show how they differ from the epoch before."""
     from vtmix.compile import commit_plan, describe, open_pools, planned
