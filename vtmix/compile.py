@@ -134,15 +134,13 @@ def compile_epoch(
         final = run.mixture(epoch)
         elsewhere = backend == "ray"  # what another machine wrote is flushed there, not here
         staging = StoreStaging(store, final, identity) if store else FolderStaging(final, identity, flush=elsewhere)
-        shards = _write_shards(writer, staging, workers, backend)
-        index = layout.index([shard.size for shard in shards])
-        manifest = _manifest(writer, inputs, identity, index, shards)
+        manifest = _staged(writer, staging, inputs, workers, backend)
         if removed is not None and removed.digest() != manifest.digest():
             raise ConflictError(
                 f"epoch {epoch} comes out with other bytes than it had when it was removed: compress with the version "
                 "of pyarrow it was compiled with, or start another run folder"
             )
-        staging.publish(index, manifest.text())
+        staging.publish()
         _keep(run, manifest, store)
     return manifest, True
 
@@ -175,6 +173,19 @@ def _keep(run: RunFolder, manifest: Manifest, store: Store | None) -> None:
         run.kept_manifest(manifest.epoch).unlink(missing_ok=True)
     else:
         manifest.publish(run.kept_manifest(manifest.epoch))
+
+
+def _staged(
+    writer: ShardWriter, staging: Staging, inputs: Inputs, workers: int | None, backend: distribute.Backend
+) -> Manifest:
+    """Completes a mixture, unless it was and only had to be published."""
+    if content := staging.staged():
+        return Manifest.decode(content, MANIFEST)
+    shards = _write_shards(writer, staging, workers, backend)
+    index = writer.layout.index([shard.size for shard in shards])
+    manifest = _manifest(writer, inputs, fingerprint(inputs), index, shards)
+    staging.stage(index, manifest.text())
+    return manifest
 
 
 def _write_shards(

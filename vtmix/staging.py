@@ -33,8 +33,16 @@ class Staging(Protocol):
         """Makes a shard last, and then its record."""
         ...
 
-    def publish(self, index: bytes, manifest: bytes) -> None:
-        """Makes the mixture visible; its manifest is written last."""
+    def staged(self) -> bytes:
+        """The manifest of a mixture that is complete, and only has to be published; empty when it is not."""
+        ...
+
+    def stage(self, index: bytes, manifest: bytes) -> None:
+        """Completes the mixture; all its shards are settled."""
+        ...
+
+    def publish(self) -> None:
+        """Makes the completed mixture visible."""
         ...
 
 
@@ -73,10 +81,18 @@ class FolderStaging:
         # Not flushed: if the machine dies, a record that is not whole only has its shard written again.
         commit.write_staged(self._record(name), record, flush=False)
 
-    def publish(self, index: bytes, manifest: bytes) -> None:
-        """Renames the folder."""
+    def staged(self) -> bytes:
+        """Read from the manifest in the hidden folder."""
+        path = self._folder / MANIFEST
+        return path.read_bytes() if path.exists() else b""
+
+    def stage(self, index: bytes, manifest: bytes) -> None:
+        """Writes the index, then the manifest."""
         commit.write_staged(self._folder / mds.INDEX, index)
         commit.write_staged(self._folder / MANIFEST, manifest)
+
+    def publish(self) -> None:
+        """Removes the records, and renames the folder."""
         for record in self._folder.glob(self._record("*").name):
             record.unlink()
         commit.publish_folder(self._folder, self._final)
@@ -94,6 +110,7 @@ class StoreStaging:
     def __init__(self, store: Store, final: Path, fingerprint: str) -> None:
         """`final` is where a local mixture would stand. Call it under the lock that guards it."""
         self._store = store
+        self._manifest = b""
         self._folder = commit.staging_folder(final, fingerprint)
         # With the index that a compile of other inputs left, a reader would take the new shards for the old ones.
         if store.size(mds.INDEX):
@@ -118,8 +135,16 @@ class StoreStaging:
         """Writes the record: an object that is complete lasts."""
         commit.write_staged(self._folder / name, record, flush=False)
 
-    def publish(self, index: bytes, manifest: bytes) -> None:
-        """Uploads the index, then the manifest."""
+    def staged(self) -> bytes:
+        """Nothing: a mixture whose manifest is there is published."""
+        return b""
+
+    def stage(self, index: bytes, manifest: bytes) -> None:
+        """Uploads the index."""
         self._store.put(mds.INDEX, index)
-        self._store.put(MANIFEST, manifest)
+        self._manifest = manifest
+
+    def publish(self) -> None:
+        """Uploads the manifest."""
+        self._store.put(MANIFEST, self._manifest)
         shutil.rmtree(self._folder)
