@@ -283,7 +283,14 @@ def main() -> int:
     for size, found in grown.items():
         rate = int(size) / found["seconds"]
         print(f"  {int(size):12,} {found['seconds']:8.2f} s {rate:12,.0f} samples/s {found['peak_mib']:6.0f} MiB")
-    figures = {**flushed, "unflushed": unflushed, "ratio_zstd": zstd[3], "ratio_zstd_1": zstd[1], "growth": grown}
+    figures = {
+        **flushed,
+        "unflushed": unflushed,
+        "ratio_zstd": zstd[3],
+        "ratio_zstd_1": zstd[1],
+        "growth": {size: found["seconds"] for size, found in grown.items()},
+        "growth_peak_mib": {size: found["peak_mib"] for size, found in grown.items()},
+    }
     return end(figures, as_json=options.json)
 
 
