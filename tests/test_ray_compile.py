@@ -36,11 +36,12 @@ def test_killed_workers_have_their_shards_written_again_to_the_same_bytes(tmp_pa
     def kill():
         while len(killed) < 3 and not run_folder(config).mixture(1).exists():
             settled = len(list(staging.glob(".staging-*/*.done")))
-            workers = [pid for pid in descendants(os.getpid()) if "ray::" in title(pid) and pid not in killed]
-            writing = [pid for pid in workers if "lambda" in title(pid)]
-            if writing and settled > 10 * len(killed):
-                os.kill(writing[0], signal.SIGKILL)
-                killed.append(writing[0])
+            titles = {pid: title(pid) for pid in descendants(os.getpid()) if pid not in killed}
+            # Between two shards, a worker is idle for a moment.
+            workers = sorted(pid for pid in titles if "lambda" in titles[pid] or titles[pid] == "ray::IDLE")
+            if workers and settled > 10 * len(killed):
+                os.kill(workers[-1], signal.SIGKILL)
+                killed.append(workers[-1])
             time.sleep(0.005)
 
     killer = threading.Thread(target=kill)

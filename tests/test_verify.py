@@ -380,7 +380,7 @@ def leaves(value, path=()):
 def put(value, path, new):
     """The value with another one in one place; at its root, the other one."""
     if not path:
-        return new
+        return copy.deepcopy(new)
     place = value
     for key in path[:-1]:
         place = place[key]

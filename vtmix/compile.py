@@ -28,7 +28,7 @@ from vtmix.errors import ConflictError, MixtureError, VtmixError
 from vtmix.overview import overview
 from vtmix.plan import make_plan
 from vtmix.pool import Pool, open_pool, pool_store
-from vtmix.settings import MixtureConfig, Packing
+from vtmix.settings import Mixture, MixtureConfig
 from vtmix.shards import ShardReport, ShardWriter, settle
 from vtmix.staging import FolderStaging, Staging, StoreStaging
 from vtmix.stores import Store
@@ -100,13 +100,18 @@ def made_from(manifest: Manifest) -> tuple[Plan, mds.Layout]:
     Raises ValueError, TypeError or KeyError when its inputs are not those of a mixture.
     """
     inputs = manifest.inputs or {}
-    packing = inputs["packing"] and Packing.model_validate(inputs["packing"])
-    return Plan.model_validate(inputs["plan"]), mds.Layout(int(inputs["shard_bytes"]), inputs["compression"], packing)
+    stated = {name: inputs[name] for name in ("shard_bytes", "compression", "packing")}
+    # Held against what settings may be, since a manifest may say anything.
+    return Plan.model_validate(inputs["plan"]), _layout(Mixture.model_validate(stated))
 
 
 def layout_of(config: MixtureConfig) -> mds.Layout:
     """The layout of a configuration's mixtures."""
-    return mds.Layout(config.mixture.shard_bytes, config.mixture.compression, config.mixture.packing)
+    return _layout(config.mixture)
+
+
+def _layout(settings: Mixture) -> mds.Layout:
+    return mds.Layout(settings.shard_bytes, settings.compression, settings.packing)
 
 
 def compile_epoch(
