@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import settings
 
 import vtmix  # noqa: F401  (sets OMP_WAIT_POLICY before any library starts OpenMP)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# How long an example takes says more about what else the machine does.
+settings.register_profile("vtmix", deadline=None)
+settings.load_profile("vtmix")
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

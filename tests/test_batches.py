@@ -120,7 +120,7 @@ def test_losses_equal_those_of_transformers_on_one_sample_at_a_time(model, token
 lengths = st.lists(st.integers(2, 24), min_size=1, max_size=6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lengths=lengths, longest=st.integers(25, 60), size=st.integers(1, 6))
 def test_padding_and_microbatching_never_change_a_loss(model, tokenizer, lengths, longest, size):
     import torch
@@ -255,7 +255,7 @@ def attending(tiny_model, how):
     return AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=how).eval()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     rows=st.lists(st.lists(st.integers(2, 14), min_size=1, max_size=4), min_size=1, max_size=4),
     empty=st.integers(0, 2),

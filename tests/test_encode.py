@@ -10,7 +10,7 @@ import json
 import numpy as np
 import pytest
 from conftest import CHAT_TEMPLATE
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -160,7 +160,6 @@ def test_the_chat_template_is_taken_where_there_is_one(tokenizer, tokenizer_with
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60).filter(str.strip)
 
 
-@settings(deadline=None)
 @given(
     exchanges=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4),
     system=st.none() | TEXT,

@@ -75,7 +75,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
 
 
 @given(st.floats(0.02, 0.98))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_known_confusion_is_undone_exactly(share):
     observed = np.array([share, 1 - share]) @ CONFUSION
     rows = [tuple(observed)] * 4
@@ -105,7 +105,7 @@ def rounds_of(blocks: int, size: int) -> tuple[list[list[Block]], dict[Block, pl
 
 
 @given(st.randoms(), st.sampled_from([0.02, 0.03, 0.05]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_where_it_stops_does_not_depend_on_the_order_in_which_blocks_come(random, margin):
     rounds, samples = rounds_of(40, 100)
     shuffled = list(samples.items())

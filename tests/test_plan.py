@@ -79,7 +79,7 @@ def test_ties_go_by_name():
     assert apportion({"law": 1 / 3, "code": 1 / 3, "art": 1 / 3}, 4) == {"law": 1, "code": 1, "art": 2}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(weights(), st.integers(WINDOW, 5000), st.integers(0, 99))
 def test_every_window_of_128_holds_each_domain_within_2_of_its_share(shares, samples, seed):
     counts = tuple(apportion(shares, samples).values())
@@ -105,7 +105,7 @@ def test_shares_that_are_hard_to_spread_are_spread_too(shares):
     assert deviation(order.stretch(0, sum(counts))[0], counts) <= order.deviation + 1e-9
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(weights(12), st.integers(1, 2000), st.data())
 def test_any_stretch_of_the_arrangement_is_what_walking_there_gives(shares, samples, data):
     counts = tuple(apportion(shares, samples).values())
@@ -137,7 +137,7 @@ def test_another_seed_gives_another_order():
     assert (one != other).any()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(weights(6), st.lists(st.integers(1, 300), min_size=6, max_size=6), st.integers(1, 500), st.integers(0, 9))
 def test_every_sample_is_drawn_equally_often_within_and_across_epochs(shares, sizes, samples, seed):
     pools = {name: pool(size, name) for name, size in zip(shares, sizes, strict=False)}
@@ -218,9 +218,9 @@ def test_a_plan_of_ten_billion_samples_over_a_thousand_domains_takes_under_a_sec
     names = [f"d{number}" for number in range(1000)]
     shares = normalise({name: 1.0 + number for number, name in enumerate(names)})
     pools = {name: pool(10_000, name) for name in names}
-    start = time.perf_counter()
+    start = time.process_time()  # what else the machine does is not the plan's
     found = plan_of(shares, pools, samples=10**10)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert sum(domain.count for domain in found.domains.values()) == 10**10
 
 
@@ -248,7 +248,6 @@ def counted(tokens, position):
     return nearest
 
 
-@settings(deadline=None)
 @given(lengths(), st.integers(1, 400), st.data())
 def test_token_counts_sum_to_the_epoch_and_their_tokens_are_within_two_samples_of_their_share(pools, samples, data):
     masses = data.draw(st.lists(st.integers(1, 9), min_size=len(pools), max_size=len(pools)))

@@ -2,11 +2,8 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from handmade import run_of, tree
@@ -16,7 +13,6 @@ from vtmix.artifacts import run_folder
 from vtmix.compile import compile_epoch
 from vtmix.errors import DamageError
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"samples_per_epoch": 4000, "mixture": {"shard_bytes": 8192}}
 
 
@@ -60,13 +56,3 @@ def test_what_stops_a_shard_on_a_worker_is_the_error_it_is_without_ray(tmp_path,
     with pytest.raises(DamageError, match="has 100 bytes, pool"):
         compile_epoch(config, 1, backend="ray")
     assert not run_folder(config).mixture(1).exists()
-
-
-@pytest.mark.slow
-def test_the_job_compiles_what_the_command_does(tmp_path, golden):
-    config = run_of(tmp_path, **SIZES)
-    command = [sys.executable, ROOT / "jobs" / "compile.py", "--epoch", "1", "--config", tmp_path / "mixture.yaml"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"committed: {run_folder(config).mixture(1)} (4,000 samples")
-    assert tree(run_folder(config).mixture(1)) == golden
