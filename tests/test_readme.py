@@ -18,13 +18,14 @@ ELSEWHERE = {
     "make demo": "test_make_demo_runs_the_whole_loop",
     "make test": "this suite is what it runs",
     "make vllm-env": "`make test` builds it, and test_vllm.py runs what it holds",
+    "python jobs/pool.py": "test_pool_ray.py",
+    "python jobs/compile.py --epoch 1": "test_ray_jobs.py",
     "vtmix init": "test_init_writes_a_configuration_that_is_understood_and_never_overwrites_one",
     'ray job submit --working-dir . -- python jobs/detect.py --config "$PWD/mixture.yaml"': "test_ray_jobs.py",
 }
 # In this order: the whole run, then each stage of it again, which finds its work done.
 IN_A_PROJECT = [
     "vtmix pool",
-    "python jobs/pool.py",
     "python jobs/detect.py",
     "python jobs/reference.py",
     "composer -n 8 trainers/composer_sft.py mixture.yaml",
@@ -38,7 +39,6 @@ IN_A_PROJECT = [
     "vtmix plan --epoch 1",
     "vtmix compile --epoch 1",
     "vtmix verify --epoch 1",
-    "python jobs/compile.py --epoch 1",
     "vtmix trace --epoch 1 --step 1",
     "vtmix status",
     "vtmix gc",
