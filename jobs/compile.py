@@ -9,7 +9,7 @@ import sys
 
 from vtmix import cluster
 from vtmix.artifacts import run_folder
-from vtmix.compile import compile_epoch, store_of, summarise
+from vtmix.compile import compile_epoch, summarise
 from vtmix.config import load
 from vtmix.errors import VtmixError
 
@@ -24,15 +24,13 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         config = load(arguments.config, arguments.run)
-        run = run_folder(config)
-        cluster.require_durable(run)
+        cluster.require_durable(run_folder(config))
         with cluster.connect():
             manifest, fresh = compile_epoch(config, arguments.epoch, arguments.workers, backend="ray")
     except VtmixError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    store = store_of(config, arguments.epoch)
-    print(summarise(manifest, store.url if store else str(run.mixture(arguments.epoch)), fresh=fresh))
+    print(summarise(manifest, config, fresh=fresh))
     return 0
 
 

@@ -8,7 +8,7 @@ from handmade import SHARES, SIZES, run_of, tree, write_weights
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtmix import cli, mds
+from vtmix import cli, commit, mds
 from vtmix import gc as collector
 from vtmix.artifacts import DomainLoss, Losses, Manifest, run_folder
 from vtmix.checkpoints import publish, staged
@@ -250,7 +250,7 @@ def test_samples_of_a_removed_epoch_are_still_traced(config):
 def test_a_removal_that_was_cut_short_is_finished_by_the_next(config, monkeypatch):
     run = run_folder(config)
     trained(config, 1)
-    monkeypatch.setattr(collector.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(commit.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         collector.collect(config, print)
     monkeypatch.undo()

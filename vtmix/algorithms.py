@@ -82,8 +82,12 @@ class Algorithm:
     """It compares losses with the reference losses."""
     moves: bool = False
     """Its weights follow the losses."""
+    scales: bool = False
+    """It multiplies weights by 1 + σγ, as Algorithm 2 does."""
     expands: bool = False
     """It has target domains."""
+    bounded: bool = True
+    """Where it has target domains, they gain only while the condition of Algorithm 3 holds."""
 
     @property
     def own(self) -> bool:
@@ -220,9 +224,16 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         Algorithm("uniform", _kept(uniform), "1/k"),
         Algorithm("inverse", _kept(inverse), "(1-P)/Σ(1-P) of the detected P", detects=True),
         Algorithm("constant", _kept(constant), "the detected P, never updated", detects=True),
-        Algorithm("versatune", versatune, "Algorithm 2", detects=True, refers=True, moves=True),
+        Algorithm("versatune", versatune, "Algorithm 2", detects=True, refers=True, moves=True, scales=True),
         Algorithm(
-            "versatune-expand", versatune_expand, "Algorithm 3", detects=True, refers=True, moves=True, expands=True
+            "versatune-expand",
+            versatune_expand,
+            "Algorithm 3",
+            detects=True,
+            refers=True,
+            moves=True,
+            scales=True,
+            expands=True,
         ),
         Algorithm(
             "expand-unbounded",
@@ -231,7 +242,9 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             detects=True,
             refers=True,
             moves=True,
+            scales=True,
             expands=True,
+            bounded=False,
         ),
         Algorithm(
             "expand-uniform",
@@ -240,6 +253,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             detects=True,
             refers=True,
             moves=True,
+            scales=True,
             expands=True,
         ),
         Algorithm("single-domain", _kept(single_domain), "all weight on the target", expands=True),

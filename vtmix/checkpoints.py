@@ -22,7 +22,6 @@ from vtmix.errors import ConflictError, DamageError, VtmixError, listing
 
 STATE = "state.pt"
 MARKER = "checkpoint.json"
-REMOVED_PREFIX = ".removed-"
 
 
 class Checkpoint(Artefact):
@@ -56,7 +55,7 @@ def publish(state: Path, *, step: int, epoch: int, mixture: str, keep: int) -> P
     final = folder_of(folder, step)
     commit.publish_folder(state.parent, final)
     for old in _published(folder)[:-keep]:
-        _remove(old)
+        commit.remove_folder(old)
     return final
 
 
@@ -76,7 +75,7 @@ def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, Checkpoint] 
             continue
         for bad, reason in damaged.items():
             say(f"{reason}: falling back to the checkpoint after step {found.step}")
-            _remove(bad)
+            commit.remove_folder(bad)
         return path / STATE, found
     if damaged or _foreign(folder):
         raise DamageError(
@@ -136,13 +135,6 @@ def _foreign(folder: Path) -> list[str]:
 
 def _sweep(folder: Path) -> None:
     """Removes what a killed process left unpublished, or half removed."""
-    for prefix in (commit.STAGING_PREFIX, REMOVED_PREFIX):
-        for path in folder.glob(f"{prefix}*"):
-            shutil.rmtree(path)
-
-
-def _remove(path: Path) -> None:
-    """Removes a checkpoint so that it is never visible in part."""
-    hidden = path.with_name(REMOVED_PREFIX + path.name)
-    path.rename(hidden)
-    shutil.rmtree(hidden)
+    commit.sweep_removed(folder)
+    for path in folder.glob(f"{commit.STAGING_PREFIX}*"):
+        shutil.rmtree(path)

@@ -229,34 +229,29 @@ def compile_(
     ] = False,
 ) -> None:
     """Write an epoch's mixture as MDS shards (also `python -m vtmix.compile`)."""
-    from vtmix.compile import compile_epoch, describe, open_pools, planned, store_of, summarise
+    from vtmix.compile import compile_epoch, describe, open_pools, planned, summarise
 
-    settings, folder = load(config, run)
+    settings, _ = load(config, run)
     if dry_run:
         for line in describe(planned(settings, epoch, open_pools(settings)), settings):
             say(line)
         return
     manifest, fresh = compile_epoch(settings, epoch, workers)
-    store = store_of(settings, epoch)
-    say(summarise(manifest, store.url if store else str(folder.mixture(epoch)), fresh=fresh))
+    say(summarise(manifest, settings, fresh=fresh))
 
 
 @app.command()
 def verify(epoch: Epoch, config: Config = None, run: Run = None) -> None:
     """Hold every byte of a mixture against its manifest; names damaged files and samples."""
-    from vtmix.artifacts import Manifest
-    from vtmix.compile import open_pools, store_of
+    from vtmix.compile import open_pools, store_of, where
     from vtmix.errors import DamageError
-    from vtmix.verify import require_sound, verify_store
+    from vtmix.verify import read_manifest, verify_store
     from vtmix.verify import verify as find_damage
 
     settings, folder = load(config, run)
     store = store_of(settings, epoch)
-    where = store.url if store else str(folder.mixture(epoch))
     if store is not None:
-        manifest = Manifest.read(folder.manifest(epoch), f"compile it with `python -m vtmix.compile --epoch {epoch}`")
-        require_sound(manifest, folder.manifest(epoch), epoch)
-        found = verify_store(store, manifest)
+        found = verify_store(store, read_manifest(folder.manifest(epoch), epoch))
     else:
         try:
             pools = open_pools(settings)
@@ -266,8 +261,8 @@ def verify(epoch: Epoch, config: Config = None, run: Run = None) -> None:
     for line in found:
         say(line)
     if found:
-        raise DamageError(f"{where} is damaged: move it away and compile the epoch again")
-    say(f"intact: {where}")
+        raise DamageError(f"{where(settings, epoch)} is damaged: move it away and compile the epoch again")
+    say(f"intact: {where(settings, epoch)}")
 
 
 @app.command()

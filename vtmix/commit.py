@@ -19,6 +19,7 @@ from typing import BinaryIO
 from vtmix.errors import ConflictError, LockedError, VtmixError
 
 STAGING_PREFIX = ".staging-"
+REMOVED_PREFIX = ".removed-"
 TEMPORARY_SUFFIX = ".tmp"
 LOCK_ATTEMPTS = 20
 LOCK_PAUSE = 0.05
@@ -168,6 +169,20 @@ def publish_folder(staging: Path, final: Path) -> None:
     with _errors_named(f"{final}: cannot be published"):
         staging.rename(final)
     flush_folder(final.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder so that it is never visible in part."""
+    hidden = folder.with_name(REMOVED_PREFIX + folder.name)
+    folder.rename(hidden)
+    flush_folder(folder.parent)
+    shutil.rmtree(hidden)
+
+
+def sweep_removed(parent: Path) -> None:
+    """Deletes what a killed process left half removed."""
+    for hidden in parent.glob(f"{REMOVED_PREFIX}*"):
+        shutil.rmtree(hidden)
 
 
 def flush_file(path: Path) -> None:

@@ -156,6 +156,12 @@ def store_of(config: MixtureConfig, epoch: int) -> Store | None:
     return Store(store).below(run_folder(config).mixture(epoch).name) if store else None
 
 
+def where(config: MixtureConfig, epoch: int) -> str:
+    """Where an epoch's mixture stands, for people."""
+    store = store_of(config, epoch)
+    return store.url if store else str(run_folder(config).mixture(epoch))
+
+
 def _committed(run: RunFolder, epoch: int, store: Store | None, inputs: Inputs) -> Manifest | None:
     """Raises ConflictError when another mixture stands there, or something that is none."""
     if store is not None:
@@ -188,7 +194,7 @@ def _staged(
         return Manifest.decode(content, MANIFEST)
     shards = _write_shards(writer, staging, workers, backend)
     index = writer.layout.index([shard.size for shard in shards])
-    manifest = _manifest(writer, inputs, fingerprint(inputs), index, shards)
+    manifest = _manifest(writer, inputs, index, shards)
     staging.stage(index, manifest.text())
     return manifest
 
@@ -208,9 +214,7 @@ def _write_shards(
     return sorted(reports, key=lambda report: report.number)
 
 
-def _manifest(
-    writer: ShardWriter, inputs: Inputs, identity: str, index: bytes, shards: Sequence[ShardReport]
-) -> Manifest:
+def _manifest(writer: ShardWriter, inputs: Inputs, index: bytes, shards: Sequence[ShardReport]) -> Manifest:
     plan = writer.plan
     files = [MixtureFile(name=mds.INDEX, bytes=len(index), sha256=hashlib.sha256(index).hexdigest())]
     files += [
@@ -237,7 +241,7 @@ def _manifest(
     return Manifest(
         inputs=inputs,
         epoch=plan.epoch,
-        fingerprint_of_inputs=identity,
+        fingerprint_of_inputs=fingerprint(inputs),
         knowledge=plan.knowledge,
         samples=plan.samples,
         tokens=tokens,
@@ -266,13 +270,13 @@ def describe(plan: Plan, config: MixtureConfig) -> Iterator[str]:
     yield f"fingerprint {fingerprint(mixture_inputs(plan, layout_of(config)))}"
 
 
-def summarise(manifest: Manifest, where: str, *, fresh: bool) -> str:
+def summarise(manifest: Manifest, config: MixtureConfig, *, fresh: bool) -> str:
     """What a compile did, in one line."""
     size = f"{manifest.samples:,} samples, {manifest.tokens:,} tokens, {manifest.bytes / 2**20:.1f} MiB"
     if manifest.packing:
         size += f", {manifest.packing.sequences:,} sequences {manifest.packing.utilisation:.1%} full"
     state = "committed" if fresh else "up to date"
-    return f"{state}: {where} ({size} in {len(manifest.files) - 1} shards)"
+    return f"{state}: {where(config, manifest.epoch)} ({size} in {len(manifest.files) - 1} shards)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -295,9 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(line)
             return 0
         manifest, fresh = compile_epoch(settings, options.epoch, options.workers)
-        store = store_of(settings, options.epoch)
-        where = store.url if store else str(run_folder(settings).mixture(options.epoch))
-        print(summarise(manifest, where, fresh=fresh))
+        print(summarise(manifest, settings, fresh=fresh))
     except VtmixError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

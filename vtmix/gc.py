@@ -5,7 +5,6 @@ Kept are the mixtures of every checkpoint, of the epoch that is being trained, a
 one rename out of sight, after the manifest was committed beside the mixture's place: an epoch is there whole, or not.
 """
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,6 @@ from pathlib import Path
 from vtmix import checkpoints, commit
 from vtmix.artifacts import Manifest, RunFolder, run_folder
 from vtmix.settings import MixtureConfig
-
-REMOVED_PREFIX = ".removed-"
 
 
 @dataclass(frozen=True)
@@ -40,9 +37,11 @@ def collect(config: MixtureConfig, say: Callable[[str], None], *, dry_run: bool 
             say(f"epoch {found.epoch}: {found.bytes / 2**20:,.1f} MiB in {found.folder}")
             freed += found.bytes
             if not dry_run:
-                _remove(run, found)
+                commit.publish_file(run.kept_manifest(found.epoch), run.manifest(found.epoch).read_bytes())
+                commit.remove_folder(found.folder)
         if not dry_run:
-            _sweep(run)
+            for parent in (run.mixture(1).parent, run.cache("").parent):
+                commit.sweep_removed(parent)
     return freed
 
 
@@ -57,16 +56,3 @@ def removable(run: RunFolder, epochs: int) -> Iterator[Removable]:
         for folder in (run.mixture(epoch), run.cache(digest), run.expanded(digest)):
             if folder.is_dir():
                 yield Removable(epoch, folder, sum(path.stat().st_size for path in folder.iterdir()))
-
-
-def _remove(run: RunFolder, found: Removable) -> None:
-    commit.publish_file(run.kept_manifest(found.epoch), run.manifest(found.epoch).read_bytes())
-    found.folder.rename(found.folder.with_name(REMOVED_PREFIX + found.folder.name))
-    commit.flush_folder(found.folder.parent)
-
-
-def _sweep(run: RunFolder) -> None:
-    """Deletes what was removed, now or by a run that was ended meanwhile."""
-    for folder in (run.mixture(1).parent, run.cache("").parent):
-        for path in folder.glob(f"{REMOVED_PREFIX}*"):
-            shutil.rmtree(path)

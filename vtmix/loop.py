@@ -34,7 +34,7 @@ from vtmix.pool import POOL
 from vtmix.settings import MixtureConfig
 from vtmix.signals import Unit, check_losses, make_signals, unit_of
 from vtmix.stores import fetch
-from vtmix.verify import require_intact, require_sound
+from vtmix.verify import read_manifest, require_intact
 from vtmix.weights import make_weights
 
 
@@ -85,9 +85,7 @@ def mixture(config: MixtureConfig, epoch: int) -> Mixture:
     run, store = run_folder(config), store_of(config, epoch)
     folder = run.mixture(epoch)
     if store is not None:
-        path = run.manifest(epoch)
-        kept = Manifest.read(path, f"compile it with `python -m vtmix.compile --epoch {epoch}`")
-        require_sound(kept, path, epoch)
+        kept = read_manifest(run.manifest(epoch), epoch)
         folder = fetch(store, kept, run.cache(kept.digest()))
     manifest = require_intact(folder)
     expanded = None

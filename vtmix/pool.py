@@ -76,6 +76,16 @@ def gather(array: pa.LargeBinaryArray, places: npt.NDArray[np.int64]) -> memoryv
     return memoryview(data)[first:last]
 
 
+def _edges(sizes: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Where consecutive things of these sizes begin, and where the last one ends."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+
+
+def _interval(edges: npt.NDArray[np.int64], place: float) -> int:
+    """The one of the intervals between edges that holds a place; of those it is beyond, the last."""
+    return min(int(np.searchsorted(edges, place, side="right")) - 1, len(edges) - 2)
+
+
 @dataclass(frozen=True)
 class Slice:
     """Rows [start, stop) of one part of a pool."""
@@ -95,7 +105,8 @@ class Pool:
         self.folder = folder
         self.manifest = manifest
         self._store = store
-        self._ends = np.cumsum([part.samples for part in manifest.parts], dtype=np.int64)
+        self._edges = _edges([part.samples for part in manifest.parts])
+        self._totals: dict[Measure, npt.NDArray[np.int64]] = {}
         self._sums: OrderedDict[tuple[int, Measure], npt.NDArray[np.int64]] = OrderedDict()
 
     def slices(self, position: int, count: int) -> Iterator[Slice]:
@@ -103,10 +114,10 @@ class Pool:
         size = self.manifest.samples
         while count > 0:
             place = position % size
-            part = int(np.searchsorted(self._ends, place, side="right"))
-            first = int(self._ends[part - 1]) if part else 0
-            taken = min(count, int(self._ends[part]) - place)
-            yield Slice(part, place - first, place - first + taken)
+            part = _interval(self._edges, place)
+            start = place - int(self._edges[part])
+            taken = min(count, int(self._edges[part + 1]) - place)
+            yield Slice(part, start, start + taken)
             position, count = position + taken, count - taken
 
     def rows(self, rows: Slice, columns: Sequence[str] = PART_SCHEMA.names) -> pa.Table:
@@ -159,28 +170,28 @@ class Pool:
     def nearest(self, position: int, amount: float, measure: Measure) -> int:
         """How many samples from a position on come nearest to an amount of tokens, response tokens or bytes."""
         sought = self._before(position, measure) + amount
-        totals = self._totals(measure)
+        totals = self._running_totals(measure)
         passes, rest = divmod(sought, float(totals[-1]))
-        part = min(int(np.searchsorted(totals, rest, side="right")), len(totals) - 1)
-        before = int(totals[part - 1]) if part else 0
-        sums = self._running(part, measure)
-        place = min(int(np.searchsorted(sums, rest - before, side="right")) - 1, len(sums) - 2)
-        place += rest - before - sums[place] > sums[place + 1] - (rest - before)
-        first = int(self._ends[part - 1]) if part else 0
-        count: int = max(0, int(passes) * self.manifest.samples + first + place - position)
+        part = _interval(totals, rest)
+        sums, within = self._running(part, measure), rest - int(totals[part])
+        place = _interval(sums, within)
+        place += within - sums[place] > sums[place + 1] - within
+        count: int = max(0, int(passes) * self.manifest.samples + int(self._edges[part]) + place - position)
         return count
 
     def _before(self, position: int, measure: Measure) -> int:
         """What stands before a position of the endless repetition."""
-        totals = self._totals(measure)
+        totals = self._running_totals(measure)
         passes, place = divmod(position, self.manifest.samples)
-        part = int(np.searchsorted(self._ends, place, side="right"))
-        first, before = (int(self._ends[part - 1]), int(totals[part - 1])) if part else (0, 0)
-        return passes * int(totals[-1]) + before + int(self._running(part, measure)[place - first])
+        part = _interval(self._edges, place)
+        within = self._running(part, measure)[place - int(self._edges[part])]
+        return passes * int(totals[-1]) + int(totals[part]) + int(within)
 
-    def _totals(self, measure: Measure) -> npt.NDArray[np.int64]:
-        """Running sums over the parts."""
-        return np.cumsum([getattr(part, measure) for part in self.manifest.parts], dtype=np.int64)
+    def _running_totals(self, measure: Measure) -> npt.NDArray[np.int64]:
+        """Running sums over the parts, from 0 on: one more than there are parts."""
+        if measure not in self._totals:
+            self._totals[measure] = _edges([getattr(part, measure) for part in self.manifest.parts])
+        return self._totals[measure]
 
     def _running(self, part: int, measure: Measure) -> npt.NDArray[np.int64]:
         """Running sums within a part, from 0 on: one more than it has samples."""
@@ -189,7 +200,7 @@ class Pool:
             column = "mds" if measure == "sample_bytes" else measure
             chunks = self.part(part, [column])[column].chunks
             values = byte_lengths(chunks) if measure == "sample_bytes" else numbers(chunks)
-            found = np.concatenate([[0], np.cumsum(values)])
+            found = _edges(values)
         self._sums[part, measure] = found
         if len(self._sums) > REMEMBERED:
             self._sums.popitem(last=False)
@@ -206,7 +217,7 @@ class Pool:
         for number in range(len(self.manifest.parts)):
             place: int = self.part(number, ["sample_id"])["sample_id"].index(sample_id).as_py()
             if place >= 0:
-                return place + (int(self._ends[number - 1]) if number else 0)
+                return place + int(self._edges[number])
         return None
 
     def sample_ids(self) -> Iterator[str]:

@@ -164,7 +164,7 @@ class ShardWriter:
         self.plan = plan
         self._pools = [pools[name] for name in plan.domains]
         self._positions = [domain.position for domain in plan.domains.values()]
-        self._arrangement = arrangement(plan)
+        self.arrangement = arrangement(plan)
         self.layout = layout
 
     def tasks(self) -> list[ShardTask]:
@@ -212,7 +212,7 @@ class ShardWriter:
 
     def _samples(self, task: ShardTask, windows: Sequence[_Window]) -> tuple[mds.Integers, Iterator[Data]]:
         """What follows a shard's header: the lengths in bytes of its samples, or sequences, and their bytes in runs."""
-        domains, _ = self._arrangement.stretch(task.start, task.stop)
+        domains, _ = self.arrangement.stretch(task.start, task.stop)
         lengths = np.empty(len(domains), np.int64)
         for number, window in enumerate(windows):
             # Within a shard a domain's samples keep their order, so its lengths fall into place as they stand.
@@ -243,7 +243,7 @@ class ShardWriter:
         """The row of the shard in which each sample of its stretch stands: shape (samples,). Packed ones share rows."""
         if self.layout.packing is None:
             return np.arange(task.stop - task.start)
-        domains, _ = self._arrangement.stretch(task.start, task.stop)
+        domains, _ = self.arrangement.stretch(task.start, task.stop)
         tokens = np.empty(len(domains), np.int64)
         for number, (pool, position, count) in enumerate(self._reads(task)):
             tables = pool.window(position, count, ["tokens"])
@@ -253,7 +253,7 @@ class ShardWriter:
 
     def _reads(self, task: ShardTask) -> Iterator[tuple[Pool, int, int]]:
         """Per domain: its pool, the position of the shard's first sample of it, and how many there are."""
-        before, after = self._arrangement.before(task.start), self._arrangement.before(task.stop)
+        before, after = self.arrangement.before(task.start), self.arrangement.before(task.stop)
         for number, pool in enumerate(self._pools):
             first = int(before[number])
             yield pool, self._positions[number] + first, int(after[number]) - first

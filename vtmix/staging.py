@@ -46,6 +46,14 @@ class Staging(Protocol):
         ...
 
 
+def _content(path: Path) -> bytes:
+    """What a file holds; nothing where there is none."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
 class FolderStaging:
     """A hidden folder on the same disk, which one rename makes the mixture."""
 
@@ -57,10 +65,7 @@ class FolderStaging:
 
     def record(self, name: str) -> bytes:
         """Read from the file beside the shard."""
-        try:
-            return self._record(name).read_bytes()
-        except FileNotFoundError:
-            return b""
+        return _content(self._record(name))
 
     def size(self, name: str) -> int | None:
         """The size of the file in the hidden folder."""
@@ -83,8 +88,7 @@ class FolderStaging:
 
     def staged(self) -> bytes:
         """Read from the manifest in the hidden folder."""
-        path = self._folder / MANIFEST
-        return path.read_bytes() if path.exists() else b""
+        return _content(self._folder / MANIFEST)
 
     def stage(self, index: bytes, manifest: bytes) -> None:
         """Writes the index, then the manifest."""
@@ -118,10 +122,7 @@ class StoreStaging:
 
     def record(self, name: str) -> bytes:
         """Read from the hidden folder."""
-        try:
-            return (self._folder / name).read_bytes()
-        except FileNotFoundError:
-            return b""
+        return _content(self._folder / name)
 
     def size(self, name: str) -> int | None:
         """The size of the object."""

@@ -14,7 +14,7 @@ from vtmix import mds
 from vtmix.artifacts import Manifest, RunFolder, run_folder
 from vtmix.compile import made_from, open_pools
 from vtmix.errors import MissingError, MixtureError
-from vtmix.plan import arrangement, shard_of
+from vtmix.plan import shard_of
 from vtmix.pool import Pool
 from vtmix.settings import MixtureConfig
 from vtmix.shards import ShardWriter
@@ -44,9 +44,9 @@ class _Epoch:
         self._writer = ShardWriter(self.plan, pools, self._layout)
         self._pools, self._batch, self._steps_before = pools, batch, steps_before
         rows = [file.sequences for file in manifest.files[1:]] if self._layout.packing else None
-        bounds = [task.stop - task.start for task in self._writer.tasks()]
+        self._tasks = self._writer.tasks()
+        bounds = [task.stop - task.start for task in self._tasks]
         self._edges = np.cumsum([0, *(bounds if rows is None else map(int, filter(None, rows)))])
-        self._order = arrangement(self.plan)
 
     @property
     def steps(self) -> int:
@@ -61,8 +61,8 @@ class _Epoch:
         number = list(self.plan.domains).index(name)
         first = (place - domain.position) % domain.pool_samples
         for rank in range(first, domain.count, domain.pool_samples):
-            shard, within = shard_of(self.plan, self._order.position(number, rank))
-            row = int(self._writer.rows(self._writer.tasks()[shard])[within])
+            shard, within = shard_of(self.plan, self._writer.arrangement.position(number, rank))
+            row = int(self._writer.rows(self._tasks[shard])[within])
             yield self._seen(shard, row, name, sample_id)
 
     def of_step(self, step: int) -> Iterator[Seen]:
@@ -70,15 +70,15 @@ class _Epoch:
         start, stop = (step - 1) * self._batch, min(step * self._batch, int(self._edges[-1]))
         first, last = (int(np.searchsorted(self._edges, row, side="right")) - 1 for row in (start, stop - 1))
         for shard in range(first, last + 1):
-            rows = self._writer.rows(self._writer.tasks()[shard])
+            rows = self._writer.rows(self._tasks[shard])
             wanted = np.flatnonzero((rows >= start - self._edges[shard]) & (rows < stop - self._edges[shard]))
             for place in wanted[np.argsort(rows[wanted], kind="stable")].tolist():
                 yield self._at(shard, int(rows[place]), place)
 
     def _at(self, shard: int, row: int, place: int) -> Seen:
         """The sample at a place of a shard's stretch of the epoch."""
-        position = self._writer.tasks()[shard].start + place
-        (domain,), (rank,) = self._order.stretch(position, position + 1)
+        position = self._tasks[shard].start + place
+        (domain,), (rank,) = self._writer.arrangement.stretch(position, position + 1)
         name = list(self.plan.domains)[domain]
         (table,) = self._pools[name].window(self.plan.domains[name].position + int(rank), 1, ["sample_id"])
         return self._seen(shard, row, name, table["sample_id"][0].as_py())

@@ -37,18 +37,21 @@ def open_manifest(folder: Path) -> Manifest:
     epoch = int(named[1]) if named else None
     if path.exists() and not _is_regular(path):
         raise DamageError(f"{path}: is not a regular file")
+    return read_manifest(path, epoch)
+
+
+def read_manifest(path: Path, epoch: int | None) -> Manifest:
+    """The manifest in a file, of an epoch where one is given; its file names are safe to open.
+
+    Raises MissingError when there is none, DamageError when it is not what vtmix writes.
+    """
     manifest = Manifest.read(path, f"compile it with `python -m vtmix.compile --epoch {epoch or '?'}`")
-    require_sound(manifest, path, epoch)
-    return manifest
-
-
-def require_sound(manifest: Manifest, path: Path, epoch: int | None) -> None:
-    """Raises DamageError unless a manifest is what vtmix writes for an epoch, and its file names are safe to open."""
     odd = list(_contradictions(manifest))
     if epoch is not None and manifest.epoch != epoch:
         odd.append(f"it is the manifest of epoch {manifest.epoch}, which does not belong to epoch {epoch}")
     if odd:
         raise DamageError(f"{path}: {listing(odd)}")
+    return manifest
 
 
 def _is_regular(path: Path) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from vtmix import algorithms
 from vtmix.algorithms import Algorithm, Situation
 from vtmix.artifacts import ExpansionCondition, Inputs, Losses, Weights, WeightTerms
-from vtmix.signals import Signal, Unit, potential_health, small_changes
+from vtmix.signals import Unit, potential_health, small_changes
 from vtmix.simplex import lift
 
 
@@ -58,28 +58,22 @@ def _terms(name: str, weights: Mapping[str, float], situation: Situation, algori
         previous_loss=signal.previous,
         forgetting=signal.forgetting,
         forgetting_raw=signal.forgetting_raw,
-        factor=_factor(signal, situation, algorithm),
+        factor=algorithms.factor(signal, situation.settings.sigma) if algorithm.scales else None,
     )
-
-
-def _factor(signal: Signal, situation: Situation, algorithm: Algorithm) -> float | None:
-    by_algorithm_2 = algorithm.moves and algorithm.detects and algorithm.refers
-    return algorithms.factor(signal, situation.settings.sigma) if by_algorithm_2 else None
 
 
 def _condition(situation: Situation, algorithm: Algorithm) -> ExpansionCondition | None:
     if not (algorithm.expands and algorithm.moves and situation.history):
         return None
     found = algorithms.condition(situation)
-    bounded = algorithm.name != "expand-unbounded"
-    gains = found.holds or not bounded
+    gains = found.holds or not algorithm.bounded
     before = sum((situation.previous or {})[name] for name in situation.targets)
     return ExpansionCondition(
         targets=situation.targets,
         forgetting=found.forgetting,
         bound=found.bound,
         holds=found.holds,
-        bounded=bounded,
+        bounded=algorithm.bounded,
         gain=algorithms.gained(situation) - before if gains else 0.0,
     )
 
