@@ -53,7 +53,7 @@ LAYERS = [
     },
     {"compile"},
     {"verify", "detect", "reference", "trace", "gc"},
-    {"loop", "status", "show", "schemas"},
+    {"loop", "status", "show", "schemas", "job"},
     {"cli"},
 ]
 
