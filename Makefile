@@ -53,7 +53,7 @@ demo: fetch
 # What is downloaded and what is checked do not wait for each other.
 test:
 	$(MAKE) --jobs 3 --output-sync lint vllm-env fetch
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: env
 	$(BIN)/ruff check .

@@ -5,21 +5,24 @@ ray job submit --working-dir . -- python jobs/reference.py --config "$PWD/mixtur
 """
 
 import sys
+import time
 from collections.abc import Iterator
 
 from vtmix import job
 from vtmix.artifacts import run_folder
-from vtmix.reference import build
+from vtmix.reference import build, summary
 from vtmix.settings import MixtureConfig
 
 
 def work(config: MixtureConfig) -> Iterator[str]:
     """Measures the losses, and says what was read and committed."""
+    start = time.monotonic()
     reference = build(config, backend="ray")
     model = config.reference.model or config.model
     yield f"read      {model.name}; pools of {', '.join(config.domains)}"
-    for domain, loss in reference.domains.items():
-        yield f"  {domain:<32} {loss.per_token:.4f} nats per token, lowest after epoch {loss.epoch}"
+    for line in summary(reference):
+        yield f"  {line}"
+    yield f"took      {time.monotonic() - start:,.1f} s"
     yield f"committed {run_folder(config).reference}"
 
 

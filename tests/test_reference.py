@@ -3,18 +3,23 @@
 The trained losses are held against a training loop written out here with transformers' own loss.
 """
 
+import functools
 import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import WORDS
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vtmix import mds, pool, pooling, reference
-from vtmix.artifacts import Reference
-from vtmix.config import load
-from vtmix.errors import ConflictError, LossError, MissingError
+from vtmix.artifacts import DomainLoss, Losses, Reference
+from vtmix.config import load, validate
+from vtmix.errors import ConfigError, ConflictError, LossError, MissingError
+from vtmix.signals import make_signals, unit_of
 
 REFERENCE = {"epochs": 2, "samples": 30, "batch_size": 8, "lr": 3e-3}
 
@@ -223,3 +228,131 @@ def test_a_reference_model_with_another_tokenizer_has_pools_of_its_own_and_bytes
     before = tree(project_copy / "run/reference")
     assert reference.build(config) == found
     assert tree(project_copy / "run/reference") == before
+
+
+def test_a_domain_that_was_interrupted_goes_on_after_its_last_epoch_and_ends_the_same(built, project_copy, monkeypatch):
+    without(project_copy, "medicine", "code")
+    config = load(project_copy / "mixture.yaml")
+    monkeypatch.setattr(reference, "CHECKPOINT_SECONDS", 0)
+    train = reference.Trainee.train
+    epochs = []
+
+    def counted(trainee):
+        epochs.append((trainee._job.domain, trainee.epoch))
+        if epochs == [("medicine", 0), ("medicine", 1)]:
+            raise KeyboardInterrupt
+        train(trainee)
+
+    monkeypatch.setattr(reference.Trainee, "train", counted)
+    with pytest.raises(KeyboardInterrupt):
+        reference.build(config)
+    assert (project_copy / "run/reference/checkpoints/medicine/step-00000001/state.pt").exists()
+    epochs.clear()
+    epochs.append(("after", 0))
+    reference.build(config)
+    assert epochs == [("after", 0), ("medicine", 1), ("code", 0), ("code", 1)]
+    for name in ("reference.json", "domains/medicine.json"):
+        assert (project_copy / "run/reference" / name).read_bytes() == (built / "run/reference" / name).read_bytes()
+    assert not (project_copy / "run/reference/checkpoints").exists()
+
+
+def test_a_checkpoint_of_other_settings_is_refused_naming_the_domain(project_copy, tiny_model, monkeypatch):
+    without(project_copy, *WORDS)
+    monkeypatch.setattr(reference, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(reference.Trainee, "checkpoint", stopped := stop_after(reference.Trainee.checkpoint))
+    with pytest.raises(KeyboardInterrupt):
+        reference.build(load(project_copy / "mixture.yaml"))
+    monkeypatch.setattr(reference.Trainee, "checkpoint", stopped.__wrapped__)
+    config = load(write(project_copy, tiny_model, reference={**REFERENCE, "lr": 1e-3}))
+    with pytest.raises(ConflictError, match=r"was trained with other settings, or on another pool, .* of 'law'"):
+        reference.build(config)
+
+
+def stop_after(method):
+    @functools.wraps(method)
+    def stopping(*arguments):
+        method(*arguments)
+        raise KeyboardInterrupt
+
+    return stopping
+
+
+def test_what_the_ceiling_cost_is_counted_in_tokens(built):
+    found = Reference.read(built / "run/reference/reference.json", "")
+    for domain, loss in found.domains.items():
+        samples = pool.open_pool(built / "run/pool" / domain).samples(0, REFERENCE["epochs"] * REFERENCE["samples"])
+        assert loss.trained_tokens == sum(len(sample["input_ids"]) for sample in samples)
+    assert list(reference.summary(found))[-1].startswith(
+        f"cost: {sum(x.trained_tokens for x in found.domains.values()):,}"
+    )
+
+
+GIVEN = {"law": 1.5, "medicine": 0.25, "code": 2.0}
+
+
+@pytest.mark.parametrize("unit", ["nats_per_token", "nats_per_byte"])
+def test_losses_given_as_numbers_are_taken_as_they_are_in_their_unit(project_copy, tiny_model, unit, monkeypatch):
+    shutil.rmtree(project_copy / "run/reference")
+    monkeypatch.setattr(reference, "train_domain", None)
+    config = load(write(project_copy, tiny_model, reference={"losses": GIVEN, "unit": unit}))
+    found = reference.build(config)
+    losses = Losses(
+        epoch=1,
+        tokenizer="any",
+        mixture=None,
+        domains=dict.fromkeys(WORDS, DomainLoss(nats=30, tokens=10, bytes=20, samples=2)),
+    )
+    assert unit_of(losses, found) == unit
+    signals = make_signals(losses, None, found, unit)
+    assert {name: signal.reference for name, signal in signals.items()} == GIVEN
+    assert {signal.loss for signal in signals.values()} == {3.0 if unit == "nats_per_token" else 1.5}
+    before = tree(project_copy / "run/reference")
+    assert reference.build(config) == found
+    assert tree(project_copy / "run/reference") == before
+
+
+def test_given_losses_that_change_are_refused_naming_them(project_copy, tiny_model):
+    shutil.rmtree(project_copy / "run/reference")
+    reference.build(load(write(project_copy, tiny_model, reference={"losses": GIVEN})))
+    with pytest.raises(ConflictError, match=r"losses\.law was 1\.5, is now 1\.6"):
+        reference.build(load(write(project_copy, tiny_model, reference={"losses": GIVEN | {"law": 1.6}})))
+
+
+def test_given_losses_of_other_domains_are_refused(tmp_path, tiny_model):
+    with pytest.raises(
+        ConfigError, match=r"reference\.losses has law, expected every domain and no other: law, medicine, code"
+    ):
+        load(write(tmp_path, tiny_model, reference={"losses": {"law": 1.0}}))
+
+
+@given(
+    share=st.floats(1e-3, 1),
+    epoch=st.integers(1, 100_000),
+    pools=st.dictionaries(
+        st.sampled_from(list(WORDS)),
+        st.tuples(*[st.integers(1, 5000)] * 4),
+        min_size=1,
+    ),
+)
+def test_evaluation_takes_no_more_than_its_share_of_an_epochs_tokens_or_one_sample_each(share, epoch, pools):
+    raw = {"model": "none", "domains": {name: {"train": "-"} for name in pools}, "samples_per_epoch": epoch}
+    config = validate(raw | {"training": {"eval_share": share}}, Path("mixture.yaml"))
+    manifests = {
+        name: SimpleNamespace(
+            samples=samples, tokens=samples * length, eval=SimpleNamespace(samples=held, tokens=held * eval_length)
+        )
+        for name, (samples, length, held, eval_length) in pools.items()
+    }
+    sizes = pool.eval_sizes(config, manifests)
+    trained = 3 * epoch * min(length for _, length, _, _ in pools.values())
+    spent = sum(size * pools[name][3] for name, size in sizes.items() if size > 1)
+    assert spent <= share * trained * (1 + 1e-9)
+    for name, size in sizes.items():
+        assert 1 <= size <= pools[name][2]
+        larger = size + 1
+        assert size == pools[name][2] or larger * pools[name][3] > share * trained / len(pools) * (1 - 1e-9)
+
+
+def test_the_share_and_the_number_of_eval_samples_exclude_each_other(tmp_path, tiny_model):
+    with pytest.raises(ConfigError, match="give one of 'eval_samples' and 'eval_share'"):
+        load(write(tmp_path, tiny_model, training={"eval_samples": 7, "eval_share": 0.1}))

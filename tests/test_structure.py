@@ -19,7 +19,7 @@ HEAVY = {"torch", "transformers", "ray", "streaming", "composer", "datasets", "s
 LAYERS = [
     {"errors"},
     {"settings"},
-    {"config", "commit", "progress", "distribute", "environments", "engine", "published", "forecast"},
+    {"config", "commit", "progress", "distribute", "environments", "engine", "published", "forecast", "charts"},
     {"artifacts"},
     {"mds", "packing", "records", "sources", "samples", "cluster", "stores"},
     {"simplex", "signals", "algorithms"},
@@ -53,7 +53,7 @@ LAYERS = [
     },
     {"compile"},
     {"verify", "detect", "reference", "trace", "gc"},
-    {"loop", "status", "show", "schemas", "job"},
+    {"loop", "status", "show", "schemas", "job", "replay"},
     {"cli"},
 ]
 

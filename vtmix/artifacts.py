@@ -10,14 +10,14 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from vtmix import commit
 from vtmix.config import flatten
 from vtmix.errors import ConflictError, DamageError, MissingError, listing
-from vtmix.settings import DomainName, MixtureConfig, Model, Unit
+from vtmix.settings import DomainName, LossUnit, MixtureConfig, Model, Unit
 
 Inputs = dict[str, Any]
 MANIFEST = "manifest.json"
@@ -260,13 +260,25 @@ class ReferenceLoss(DomainLoss):
 
     epoch: Count
     curve: Annotated[tuple[float, ...], Field(description="nats per token, before training and after each epoch")] = ()
+    trained_tokens: Annotated[Count, Field(description="what it cost: tokens trained on, over all epochs")] = 0
 
 
 class Reference(Artefact):
     """The mastery ceiling per domain (reference/reference.json)."""
 
     tokenizer: str
+    unit: Annotated[
+        LossUnit | None, Field(description="of losses that mixture.yaml gave as numbers; null: measured")
+    ] = None
     domains: dict[DomainName, ReferenceLoss]
+
+    def text_of(self, domain: str) -> str:
+        """A domain's loss in words."""
+        loss = self.domains[domain]
+        if self.unit is not None:
+            value = loss.per_byte if self.unit == "nats_per_byte" else loss.per_token
+            return f"{value:.4f} {self.unit.replace('_', ' ')}, as mixture.yaml gives it"
+        return f"{loss.per_token:.4f} nats per token, lowest after epoch {loss.epoch}"
 
 
 class WeightTerms(Model):
@@ -300,9 +312,7 @@ class Weights(Artefact):
 
     epoch: Annotated[int, Field(ge=1)]
     algorithm: str = "by hand"
-    unit: Annotated[
-        Literal["nats_per_token", "nats_per_byte"] | None, Field(description="of the losses in `terms`")
-    ] = None
+    unit: Annotated[LossUnit | None, Field(description="of the losses in `terms`")] = None
     knowledge: Annotated[str | None, Field(description="how the knowledge distribution behind them is known")] = None
     weights: Annotated[dict[DomainName, Probability], Field(description="sums to 1")]
     terms: dict[DomainName, WeightTerms] = {}

@@ -13,6 +13,8 @@ import typer
 from vtmix.errors import ConfigError, MissingError, VtmixError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from vtmix.artifacts import PoolManifest, RunFolder
     from vtmix.settings import MixtureConfig
 
@@ -168,15 +170,16 @@ def _detect(settings: "MixtureConfig") -> None:
 def reference(config: Config = None, run: Run = None) -> None:
     """Fine-tune a reference model per domain: its lowest held-out loss is the mastery ceiling."""
     settings, folder = load(config, run)
+    start = time.monotonic()
     _reference(settings)
-    say(f"reference losses: {folder.reference}")
+    say(f"reference losses: {folder.reference} ({time.monotonic() - start:,.1f} s)")
 
 
 def _reference(settings: "MixtureConfig") -> None:
-    from vtmix.reference import build
+    from vtmix.reference import build, summary
 
-    for name, loss in build(settings).domains.items():
-        say(f"{name}: {loss.per_token:.4f} nats per token, lowest after epoch {loss.epoch}")
+    for line in summary(build(settings)):
+        say(line)
 
 
 @app.command()
@@ -204,6 +207,42 @@ def explain(epoch: Epoch, config: Config = None, run: Run = None) -> None:
     found = Weights.read(folder.weights(epoch), f"run `vtmix weights --epoch {epoch}` first")
     for line in lines(found, settings.weights):
         say(line)
+
+
+@app.command()
+def replay(
+    recording: Annotated[Path, typer.Argument(help="A run's folder, or a JSONL file of losses (see the README).")],
+    algorithm: Annotated[list[str] | None, typer.Option("--algorithm", help="A rule to try. Repeat for more.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Values of a setting of weights to try: sigma=0.1,0.5. Repeat: all combinations."),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="Also write the weights here.")] = None,
+    chart: Annotated[Path | None, typer.Option("--chart", help="Also draw them here (.svg, .png, .pdf).")] = None,
+) -> None:
+    """Try rules and settings on recorded losses: the weights each would have given. Trains nothing.
+
+    The losses stay as recorded: what other weights would have made of them, only training can say.
+    """
+    from vtmix import charts
+    from vtmix import replay as replaying
+
+    if chart is not None:
+        charts.require_format(chart)
+    found = replaying.read(recording)
+    tried = replaying.choices(set_ or [])
+    results = replaying.replays(found, algorithm or [found.settings.algorithm], tried)
+    _print(replaying.table(results))
+    if csv is not None:
+        csv.write_text(replaying.as_csv(results), encoding="utf-8")
+        say(f"wrote {csv}")
+    if chart is not None:
+        panels = {
+            result.title: {name: [at.weights[name] for at in result.weights] for name in found.domains}
+            for result in results
+        }
+        charts.lines(chart, panels, x="epoch", y="weight")
+        say(f"wrote {chart}")
 
 
 @app.command()
@@ -358,19 +397,23 @@ def status(config: Config = None, run: Run = None) -> None:
 
 
 def _status(settings: "MixtureConfig", folder: "RunFolder") -> None:
-    from rich.console import Console
-
     from vtmix.status import rows, table
 
     found = list(rows(folder, list(settings.domains), settings.epochs))
     if not found:
         say(f"{folder.path}: nothing trained yet")
         return
+    _print(table(found))
+    say(f"everything this run made: {folder.path}")
+
+
+def _print(found: "Table") -> None:
+    from rich.console import Console
+
     console = Console()
     if not console.is_terminal:
         console = Console(width=100)  # what a file or a pipe can hold, not the 80 columns rich assumes
-    console.print(table(found))
-    say(f"everything this run made: {folder.path}")
+    console.print(found)
 
 
 def _state(fresh: bool) -> str:

@@ -30,9 +30,9 @@ from vtmix.artifacts import (
 )
 from vtmix.compile import compile_epoch, open_pools, store_of
 from vtmix.errors import ConflictError, MissingError, listing
-from vtmix.pool import POOL
-from vtmix.settings import MixtureConfig
-from vtmix.signals import Unit, check_losses, make_signals, unit_of
+from vtmix.pool import POOL, eval_sizes
+from vtmix.settings import LossUnit, MixtureConfig
+from vtmix.signals import check_losses, make_signals, unit_of
 from vtmix.stores import fetch
 from vtmix.verify import read_manifest, require_intact
 from vtmix.weights import make_weights
@@ -217,7 +217,7 @@ def _history(
     epoch: int,
     initial: Mapping[str, float] | None,
     reference: Reference | None,
-    unit: Unit,
+    unit: LossUnit,
 ) -> Iterator[Trained]:
     """What was trained before an epoch, oldest first; with `initial` weights, the base model's losses count as well."""
     for number in range(1 if initial is None else 0, epoch):
@@ -267,7 +267,7 @@ def _commit_losses(config: MixtureConfig, epoch: int, domains: Mapping[str, Doma
     remedy = f"compile epoch {epoch} and train on it first"
     inputs: Inputs = {
         "mixture": Manifest.read(run.manifest(epoch), remedy).digest() if epoch else None,
-        "eval_samples": config.training.eval_samples,
+        "eval_samples": eval_sizes(config, {name: pool.manifest for name, pool in pools.items()}),
         "eval_splits": {name: pool.manifest.eval.digest for name, pool in pools.items()},
     }
     committed = Losses.committed(run.losses(epoch), inputs)

@@ -11,7 +11,7 @@ built it (pooling.py), and new data leaves the relative order of the rest alone.
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -235,6 +235,25 @@ def open_pool(folder: Path, store: Store | None = None) -> Pool:
         mirror(store, folder)
     remedy = "run `vtmix pool` first"
     return Pool(folder, PoolManifest.read(folder / POOL, remedy), store)
+
+
+def eval_sizes(config: MixtureConfig, manifests: Mapping[str, PoolManifest]) -> dict[str, int]:
+    """How many of its held-out samples every domain is evaluated on, after every epoch: the first ones, fixed.
+
+    With training.eval_share, all domains together take at most that share of an epoch's training time, reckoned in
+    tokens: a backward pass takes as long as two forward passes, and evaluation is a forward pass. The epoch is taken to
+    consist of the domain whose samples are shortest. Every domain keeps at least one sample.
+    """
+    settings = config.training
+    most = {name: manifest.eval.samples for name, manifest in manifests.items()}
+    if settings.eval_share is None:
+        return {name: min(settings.eval_samples or count, count) for name, count in most.items()}
+    shortest = min((found.tokens / found.samples for found in manifests.values() if found.samples), default=0.0)
+    budget = 3 * settings.eval_share * config.samples_per_epoch * shortest / len(manifests)
+    return {
+        name: min(count, max(1, int(budget * count / max(manifests[name].eval.tokens, 1))))
+        for name, count in most.items()
+    }
 
 
 def pool_store(config: MixtureConfig, domain: str) -> Store | None:

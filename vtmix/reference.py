@@ -2,20 +2,33 @@
 
 Every domain starts from a fresh copy of the reference model and sees its own pool in pool order, epoch after epoch,
 wrapping around. The held-out samples are those the trainer evaluates on, so both losses are of the same text. Domains
-are committed one by one (reference/domains/<domain>.json); a rerun trains the missing ones.
+are committed one by one (reference/domains/<domain>.json), and a domain under way is checkpointed at the ends of its
+epochs (reference/checkpoints/<domain>); a rerun goes on from there. Losses that mixture.yaml gives as numbers are taken
+as they are.
 """
 
 import math
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vtmix import batches, cluster, commit, distribute, pool, pooling, progress
-from vtmix.artifacts import DomainLoss, Inputs, PoolManifest, Reference, ReferenceLoss, RunFolder, run_folder
+from vtmix import batches, checkpoints, cluster, commit, distribute, pool, pooling, progress
+from vtmix.artifacts import (
+    DomainLoss,
+    Inputs,
+    PoolManifest,
+    Reference,
+    ReferenceLoss,
+    RunFolder,
+    fingerprint,
+    run_folder,
+)
 from vtmix.encode import load_tokenizer, tokenizer_digest
-from vtmix.errors import ConfigError, LossError, MixtureError
+from vtmix.errors import ConfigError, ConflictError, LossError, MixtureError
 from vtmix.settings import LanguageModel, MixtureConfig
 from vtmix.settings import Reference as Settings
 from vtmix.stores import Store
@@ -25,6 +38,9 @@ if TYPE_CHECKING:
 
 Backend = Literal["local", "ray"]
 Advance = Callable[[int], None]
+
+CHECKPOINT_SECONDS = 60
+"""Epochs that take less are not checkpointed one by one."""
 
 # Rows that go through the model together: few, so that rows alike in length share little padding and memory is bounded.
 MICROBATCH = 4
@@ -44,6 +60,9 @@ class Job:
     eval_samples: int
     eval_batch_size: int
     seed: int
+    checkpoints: Path
+    inputs: str
+    """Fingerprint of all that its loss is made from."""
 
     @property
     def work(self) -> int:
@@ -58,6 +77,8 @@ def build(config: MixtureConfig, *, backend: Backend = "local") -> Reference:
     when a loss is not finite; domains committed before are kept.
     """
     run = run_folder(config)
+    if config.reference.losses is not None:
+        return _given(config, run)
     cluster.require_durable(run)
     committed = _committed(config, run)
     if committed is not None:
@@ -71,6 +92,15 @@ def build(config: MixtureConfig, *, backend: Backend = "local") -> Reference:
     return reference
 
 
+def summary(reference: Reference) -> Iterator[str]:
+    """Every domain's loss, and what they cost."""
+    for domain in reference.domains:
+        yield f"{domain}: {reference.text_of(domain)}"
+    cost = sum(loss.trained_tokens for loss in reference.domains.values())
+    if cost:
+        yield f"cost: {cost:,} tokens trained on, over all epochs of {len(reference.domains)} domains"
+
+
 def train_domain(job: Job, advance: Advance = lambda _: None) -> ReferenceLoss:
     """Fine-tunes a fresh copy of the reference model on one domain and returns its lowest held-out loss.
 
@@ -81,20 +111,31 @@ def train_domain(job: Job, advance: Advance = lambda _: None) -> ReferenceLoss:
 
     torch.manual_seed(job.seed)
     trainee = Trainee(job, advance)
-    losses = [trainee.evaluate(0)]
-    for epoch in range(1, job.settings.epochs + 1):
-        trainee.train(epoch)
-        losses.append(trainee.evaluate(epoch))
+    if not trainee.losses:
+        trainee.evaluate()
+    while trainee.epoch < job.settings.epochs:
+        trainee.train()
+        trainee.evaluate()
+        trainee.checkpoint()
+    losses = trainee.losses
     best = min(range(len(losses)), key=lambda epoch: losses[epoch].per_token)
     curve = tuple(loss.per_token for loss in losses)
-    return ReferenceLoss(**losses[best].model_dump(), epoch=best, curve=curve)
+    return ReferenceLoss(**losses[best].model_dump(), epoch=best, curve=curve, trained_tokens=trainee.trained_tokens)
 
 
 class Trainee:
-    """One domain's reference model on its way."""
+    """One domain's reference model on its way: `epoch` epochs done, with the losses after each and before the first."""
 
     def __init__(self, job: Job, advance: Advance) -> None:
+        """Goes on from the newest checkpoint where there is one.
+
+        Raises ConflictError when that was made from other inputs.
+        """
         import torch
+
+        self.epoch = 0
+        self.losses: list[DomainLoss] = []
+        self.trained_tokens = 0
 
         self._job = job
         self._advance = advance
@@ -106,18 +147,64 @@ class Trainee:
             self._model.parameters(), lr=job.settings.lr, weight_decay=0.0, fused=self._device.type in ("cpu", "cuda")
         )
         self._pool = pool.open_pool(job.folder, job.store)
+        self._restore()
+        self._kept = time.monotonic()
 
-    def train(self, epoch: int) -> None:
-        """Takes one epoch's steps: the samples after those of the epoch before."""
+    def train(self) -> None:
+        """Takes one more epoch's steps: the samples after those of the epoch before."""
+        import torch
+
+        torch.manual_seed((self._job.seed + self.epoch) % 2**63)  # so that no random state has to be kept
         self._model.train()
         count = self._job.samples
-        samples = self._pool.samples((epoch - 1) * count, count)
+        samples = self._pool.samples(self.epoch * count, count)
         while rows := list(islice(samples, self._job.settings.batch_size)):
             self._step(batches.collate(rows, self._pad))
+            self.trained_tokens += sum(len(row["input_ids"]) for row in rows)
             self._advance(len(rows))
+        self.epoch += 1
 
-    def evaluate(self, epoch: int) -> DomainLoss:
-        """The held-out loss now."""
+    def checkpoint(self) -> None:
+        """Keeps the state, unless what was done since the last one is done again as soon as it would be saved."""
+        import torch
+
+        if time.monotonic() - self._kept < CHECKPOINT_SECONDS:
+            return
+        path = checkpoints.staged(self._job.checkpoints, self.epoch)
+        commit.make_folder(path.parent)
+        state = {
+            "model": self._model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "losses": [loss.model_dump() for loss in self.losses],
+            "trained_tokens": self.trained_tokens,
+        }
+        torch.save(state, path)
+        checkpoints.publish(path, step=self.epoch, epoch=self.epoch, mixture=self._job.inputs, keep=1)
+        self._kept = time.monotonic()
+
+    def _restore(self) -> None:
+        import torch
+
+        found = checkpoints.newest(self._job.checkpoints, lambda text: print(text, file=sys.stderr))
+        if found is None:
+            return
+        path, checkpoint = found
+        if checkpoint.mixture != self._job.inputs:
+            raise ConflictError(
+                f"{path.parent} was trained with other settings, or on another pool, than the reference model of "
+                f"'{self._job.domain}' now is: restore them, remove that folder, or start another run folder"
+            )
+        state = torch.load(path, map_location=self._device, weights_only=True)
+        self._model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.losses = [DomainLoss(**loss) for loss in state["losses"]]
+        self.trained_tokens = state["trained_tokens"]
+        self.epoch = checkpoint.epoch
+        done = self.epoch * self._job.samples + len(self.losses) * self._job.eval_samples
+        self._advance(done)
+
+    def evaluate(self) -> None:
+        """Takes the held-out loss now."""
         import torch
 
         self._model.eval()
@@ -128,7 +215,7 @@ class Trainee:
                 batch = batches.collate(rows, self._pad)
                 sums += batches.LossSums.of(batch, self._nats(batch).cpu(), self._tokenizer)
                 self._advance(len(rows))
-        return self._checked(sums.loss(), epoch)
+        self.losses.append(self._checked(sums.loss()))
 
     def _step(self, batch: batches.Batch) -> None:
         tokens = batches.response_tokens(batch)
@@ -146,8 +233,8 @@ class Trainee:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
             return batches.response_nats(self._model, moved)
 
-    def _checked(self, loss: DomainLoss, epoch: int) -> DomainLoss:
-        where = f"of the reference model of '{self._job.domain}' after epoch {epoch}"
+    def _checked(self, loss: DomainLoss) -> DomainLoss:
+        where = f"of the reference model of '{self._job.domain}' after epoch {self.epoch}"
         if not loss.tokens:
             raise LossError(
                 f"the held-out loss {where} was taken over no response token: "
@@ -182,29 +269,36 @@ def _measure(
     paths = {name: folder / "domains" / f"{name}.json" for name in manifests}
     committed = {name: Reference.committed(paths[name], inputs[name]) for name in manifests}
     losses = {name: found.domains[name] for name, found in committed.items() if found is not None}
-    jobs = [_job(config, pools, name, manifests[name]) for name in manifests if name not in losses]
+    jobs = [_job(config, pools, manifests[name], fingerprint(inputs[name])) for name in manifests if name not in losses]
     for job, loss in _trained(jobs, backend):
         found = Reference(inputs=inputs[job.domain], tokenizer=tokenizer, domains={job.domain: loss})
         found.publish(paths[job.domain])
         losses[job.domain] = loss
+        if job.checkpoints.exists():
+            commit.remove_folder(job.checkpoints)
+    if (folder / "checkpoints").exists():
+        commit.remove_folder(folder / "checkpoints")
     return {name: losses[name] for name in config.domains}
 
 
-def _job(config: MixtureConfig, pools: Path, domain: str, manifest: PoolManifest) -> Job:
+def _job(config: MixtureConfig, pools: Path, manifest: PoolManifest, inputs: str) -> Job:
+    domain, run = manifest.domain, run_folder(config)
     if not manifest.samples:
         raise MixtureError(f"domain '{domain}' has an empty pool, so no reference model can be trained: add samples")
     model = config.reference.model or config.model
     return Job(
         domain=domain,
         folder=pools / domain,
-        store=pool.pool_store(config, domain) if pools == run_folder(config).pools else None,
+        store=pool.pool_store(config, domain) if pools == run.pools else None,
         model=config.model_location(model),
         revision=model.revision,
         settings=config.reference,
         samples=config.reference.samples or manifest.samples,
-        eval_samples=min(config.training.eval_samples or manifest.eval.samples, manifest.eval.samples),
+        eval_samples=min(_eval_sizes(config, run)[domain], manifest.eval.samples),
         eval_batch_size=config.training.eval_batch_size,
         seed=config.seed % 2**63,
+        checkpoints=run.reference.parent / "checkpoints" / domain,
+        inputs=inputs,
     )
 
 
@@ -259,6 +353,30 @@ def _pools(config: MixtureConfig, run: RunFolder) -> tuple[Path, str]:
     return folder, digest
 
 
+def _given(config: MixtureConfig, run: RunFolder) -> Reference:
+    """The losses that mixture.yaml gives, committed like measured ones.
+
+    Raises ConflictError when others stand in the run folder.
+    """
+    unit, losses = config.reference.unit, config.reference.losses or {}
+    inputs: Inputs = {"losses": losses, "unit": unit}
+    committed = Reference.committed(run.reference, inputs)
+    if committed is not None:
+        return committed
+    tokens, size = (1, 0) if unit == "nats_per_token" else (0, 1)
+    given = {
+        name: ReferenceLoss(nats=losses[name], tokens=tokens, bytes=size, samples=0, epoch=0) for name in config.domains
+    }
+    reference = Reference(inputs=inputs, tokenizer=_tokenizer_of(config, run.pools), unit=unit, domains=given)
+    reference.publish(run.reference)
+    return reference
+
+
+def _eval_sizes(config: MixtureConfig, run: RunFolder) -> dict[str, int]:
+    """Of the run's own pools, so that every reference model is evaluated on the samples the trainer takes."""
+    return pool.eval_sizes(config, _manifests(config, run.pools))
+
+
 def _digest(config: MixtureConfig, model: LanguageModel) -> str:
     return tokenizer_digest(load_tokenizer(config.model_location(model), model.revision))
 
@@ -293,6 +411,8 @@ def _inputs(config: MixtureConfig, manifests: dict[str, PoolManifest], tokenizer
         "tokenizer": tokenizer,
         "settings": config.reference.model_dump(mode="json", include=settings),
         "seed": config.seed,
-        "eval_samples": config.training.eval_samples,
+        "eval_samples": {
+            name: count for name, count in _eval_sizes(config, run_folder(config)).items() if name in manifests
+        },
         "pools": {name: manifest.fingerprint() for name, manifest in manifests.items()},
     }

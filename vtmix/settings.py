@@ -245,9 +245,19 @@ class Detection(Model):
         return self
 
 
+LossUnit = Literal["nats_per_token", "nats_per_byte"]
+
+
 class Reference(Model):
     """The mastery ceiling: a model fine-tuned on each domain alone; its lowest held-out loss counts."""
 
+    losses: Annotated[
+        dict[DomainName, Annotated[float, Field(ge=0)]] | None,
+        Field(description="reference losses known beforehand, of every domain: then nothing is trained for them"),
+    ] = None
+    unit: Annotated[
+        LossUnit, Field(description="of `losses`; per byte they may come from a model with another tokenizer")
+    ] = "nats_per_token"
     model: Annotated[ModelField | None, Field(description="default: the model itself")] = None
     epochs: Annotated[int, Field(ge=1)] = 3
     samples: Annotated[int | None, Field(ge=1, description="per epoch and domain; default: the whole pool")] = None
@@ -351,6 +361,10 @@ class Training(Model):
     microbatch_size: Annotated[int | Literal["auto"] | None, Field(description="per device; auto: on GPUs only")] = None
     eval_batch_size: Annotated[int, Field(ge=1, description="per device")] = 16
     eval_samples: Annotated[int | None, Field(ge=1, description="per domain; default: the whole eval split")] = None
+    eval_share: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="instead: so many that evaluation takes no more of an epoch's training time"),
+    ] = None
     lr: Annotated[float, Field(gt=0)] = 2e-5
     warmup: Annotated[Share, Field(description="share of all steps, linear; then cosine to 0 over all epochs")] = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -365,6 +379,12 @@ class Training(Model):
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     processes: Annotated[int, Field(ge=1, description="ranks that `vtmix run` starts on this machine")] = 1
+
+    @model_validator(mode="after")
+    def _one_size_of_evaluation(self) -> Self:
+        if self.eval_samples is not None and self.eval_share is not None:
+            raise ValueError("give one of 'eval_samples' and 'eval_share'")
+        return self
 
 
 class MixtureConfig(Model):
@@ -414,6 +434,16 @@ class MixtureConfig(Model):
         if settings.algorithm in EXPANDING and not 0 < len(set(settings.targets)) < len(self.domains):
             raise ValueError(
                 f"weights.algorithm '{settings.algorithm}' needs weights.targets: one domain or more, but not all"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _given_losses_are_of_every_domain(self) -> Self:
+        given = self.reference.losses
+        if given is not None and set(given) != set(self.domains):
+            raise ValueError(
+                f"reference.losses has {', '.join(given) or 'no domain'}, expected every domain and no other: "
+                f"{', '.join(self.domains)}"
             )
         return self
 

@@ -7,12 +7,10 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from vtmix.artifacts import DomainLoss, Losses, Reference
 from vtmix.errors import LossError, listing
-
-Unit = Literal["nats_per_token", "nats_per_byte"]
+from vtmix.settings import LossUnit
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,10 @@ def _relative(difference: float, whole: float) -> float:
     return max(-largest, min(largest, difference / whole))
 
 
-def unit_of(losses: Losses, reference: Reference | None) -> Unit:
-    """Per token when both losses count the same tokens, else per byte."""
+def unit_of(losses: Losses, reference: Reference | None) -> LossUnit:
+    """That of reference losses given as numbers; else per token when both losses count the same tokens, or per byte."""
+    if reference is not None and reference.unit is not None:
+        return reference.unit
     same = reference is None or reference.tokenizer == losses.tokenizer
     return "nats_per_token" if same else "nats_per_byte"
 
@@ -79,7 +79,9 @@ def check_losses(losses: Losses, domains: tuple[str, ...]) -> None:
         raise LossError(f"refusing to update weights: {listing(offenders)}")
 
 
-def make_signals(losses: Losses, before: Losses | None, reference: Reference | None, unit: Unit) -> dict[str, Signal]:
+def make_signals(
+    losses: Losses, before: Losses | None, reference: Reference | None, unit: LossUnit
+) -> dict[str, Signal]:
     """Losses of one unit side by side: the eval loss, the reference's, and that of the epoch before."""
 
     def read(found: Mapping[str, DomainLoss] | None, name: str) -> float | None:
@@ -103,7 +105,7 @@ def make_signals(losses: Losses, before: Losses | None, reference: Reference | N
     }
 
 
-def potential_health(signals: Mapping[str, Signal], unit: Unit) -> list[str]:
+def potential_health(signals: Mapping[str, Signal], unit: LossUnit) -> list[str]:
     """What keeps the learnable potential from saying anything, in words."""
     potentials = [signal.potential for signal in signals.values()]
     found = []
@@ -114,7 +116,7 @@ def potential_health(signals: Mapping[str, Signal], unit: Unit) -> list[str]:
     if len(potentials) > 1 and max(potentials) - min(potentials) < 1e-9:
         found.append("the learnable potential is equal in all domains: no weight moves")
     if unit == "nats_per_byte":
-        found.append("the reference has another tokenizer than the model: losses are compared per byte")
+        found.append("losses are compared per byte: the reference has another tokenizer, or its losses were given so")
     return found
 
 

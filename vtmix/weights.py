@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from vtmix import algorithms
 from vtmix.algorithms import Algorithm, Situation
 from vtmix.artifacts import ExpansionCondition, Inputs, Losses, Weights, WeightTerms
-from vtmix.signals import Unit, potential_health, small_changes
+from vtmix.settings import LossUnit
+from vtmix.signals import potential_health, small_changes
 from vtmix.simplex import lift
 
 
@@ -13,7 +14,7 @@ def make_weights(
     situation: Situation,
     inputs: Inputs,
     *,
-    unit: Unit | None = None,
+    unit: LossUnit | None = None,
     losses: Losses | None = None,
     losses_before: Losses | None = None,
     knowledge: str | None = None,

@@ -16,10 +16,11 @@ from streaming import StreamingDataset
 from torch.utils.data import DataLoader
 
 from vtmix import batches, commit, progress
-from vtmix.artifacts import DomainLoss, run_folder
+from vtmix.artifacts import DomainLoss, PoolManifest, run_folder
 from vtmix.encode import load_tokenizer
 from vtmix.errors import ConfigError
 from vtmix.loop import Mixture
+from vtmix.pool import POOL, eval_sizes
 from vtmix.settings import MixtureConfig
 from with_composer.callbacks import LearningRate, Progress, Saver, StepLog
 from with_composer.model import LOSS, ResponseModel
@@ -51,7 +52,7 @@ class Session:
         self._trainer = Trainer(
             model=self._model,
             optimizers=adamw(config, self._model),
-            eval_dataloader=[self._evaluator(domain) for domain in config.domains],
+            eval_dataloader=[self._evaluator(domain, count) for domain, count in self._eval_sizes().items()],
             eval_interval=0,
             algorithms=clipping(settings.max_grad_norm),
             callbacks=[*own, *callbacks],
@@ -108,10 +109,16 @@ class Session:
                 os.fsync(file.fileno())
         commit.publish_folder(staging, final)
 
-    def _evaluator(self, domain: str) -> Evaluator:
+    def _eval_sizes(self) -> dict[str, int]:
+        pools = {
+            name: PoolManifest.read(self._run.pool(name) / POOL, "run `vtmix pool`") for name in self._config.domains
+        }
+        return eval_sizes(self._config, pools)
+
+    def _evaluator(self, domain: str, count: int) -> Evaluator:
         # Composer drops the samples that fill up the last ranks by splitting the last row off: rows must stay in order.
         settings = self._config.training
-        samples = batches.held_out(self._run.pool(domain) / "eval", settings.eval_samples)
+        samples = batches.held_out(self._run.pool(domain) / "eval", count)
         data = self._data(samples, settings.eval_batch_size, dist.get_sampler(samples), batches.split_in_order)
         return Evaluator(label=domain, dataloader=data, metric_names=[LOSS])
 
