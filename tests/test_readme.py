@@ -41,6 +41,7 @@ IN_A_PROJECT = [
     "vtmix verify --epoch 1",
     "vtmix trace --epoch 1 --step 1",
     "vtmix status",
+    "vtmix replay run --algorithm versatune --algorithm doremi --set sigma=0.1,0.5,1 --csv weights.csv --chart weights.svg",
     "vtmix gc",
 ]
 
@@ -108,8 +109,18 @@ def test_the_settings_in_the_readme_are_settings(tmp_path):
     blocks = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert blocks
     for block in blocks:
-        raw = {"model": "m", "domains": {"law": {"train": "law.jsonl"}}, **yaml.safe_load(block)}
+        raw = {"model": "m", "domains": {name: {"train": "-"} for name in ("law", "code")}, **yaml.safe_load(block)}
         config.validate(raw, tmp_path / "mixture.yaml")
+
+
+def test_the_recording_in_the_readme_is_one(tmp_path):
+    from vtmix import replay
+
+    block = re.search(r"^```json\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    (tmp_path / "losses.jsonl").write_text(block[1])
+    (found,) = replay.replays(replay.read(tmp_path / "losses.jsonl"), ["versatune"], {})
+    assert [weights.epoch for weights in found.weights] == [1, 2, 3]
 
 
 @pytest.mark.slow
