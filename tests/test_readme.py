@@ -41,7 +41,7 @@ IN_A_PROJECT = [
     "vtmix verify --epoch 1",
     "vtmix trace --epoch 1 --step 1",
     "vtmix status",
-    "vtmix replay run --algorithm versatune --algorithm doremi --set sigma=0.1,0.5,1 --csv weights.csv --chart weights.svg",
+    "vtmix replay run --algorithm versatune --set sigma=0.1,0.5,1 --csv weights.csv --chart weights.svg",
     "vtmix gc",
 ]
 
