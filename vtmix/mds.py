@@ -196,7 +196,7 @@ class Layout:
             "version": 2,
         }
 
-    def compress(self, data: bytes) -> memoryview:
+    def compress(self, data: bytes | memoryview) -> memoryview:
         """One frame that says how long its content is, which MosaicML's reader needs."""
         return memoryview(self._codec.compress(data))
 

@@ -121,6 +121,16 @@ def _gathered(windows: Sequence[_Window], domains: npt.NDArray[np.int32]) -> mem
     return gather(pa.concat_arrays(slices), order)
 
 
+def _joined(content: Iterator[Data], size: int) -> memoryview:
+    """The same bytes in one piece. Joined by Python, they would hold the interpreter lock, which NumPy releases."""
+    whole = np.empty(size, np.uint8)
+    place = 0
+    for data in content:
+        whole[place : place + len(data)] = np.frombuffer(data, np.uint8)
+        place += len(data)
+    return whole.data
+
+
 def recorded(staging: Staging, name: str) -> ShardReport | None:
     """What the record of a settled shard says, None unless that shard stands beside it."""
     try:
@@ -178,10 +188,10 @@ class ShardWriter:
             return done
         windows = self._windows(task)
         lengths, runs = self._samples(task, windows)
-        raw_bytes = self.layout.header_bytes(len(lengths)) + int(lengths.sum())
+        raw_bytes = self._raw_bytes(lengths)
         digest, size = hashlib.sha256(), 0
         with staging.write(name, raw_bytes) as file:
-            for data in self._stored(itertools.chain([self.layout.header(lengths)], runs)):
+            for data in self._stored(itertools.chain([self.layout.header(lengths)], runs), raw_bytes):
                 digest.update(data)
                 size += file.write(data)
         return ShardReport(
@@ -205,10 +215,14 @@ class ShardWriter:
 
     def stored(self, task: ShardTask) -> Iterator[Data]:
         """The bytes of a shard's file."""
-        return self._stored(self.content(task))
+        lengths, runs = self._samples(task, self._windows(task))
+        return self._stored(itertools.chain([self.layout.header(lengths)], runs), self._raw_bytes(lengths))
 
-    def _stored(self, content: Iterator[Data]) -> Iterator[Data]:
-        return content if self.layout.compression is None else iter([self.layout.compress(b"".join(content))])
+    def _raw_bytes(self, lengths: mds.Integers) -> int:
+        return self.layout.header_bytes(len(lengths)) + int(lengths.sum())
+
+    def _stored(self, content: Iterator[Data], raw_bytes: int) -> Iterator[Data]:
+        return content if self.layout.compression is None else iter([self.layout.compress(_joined(content, raw_bytes))])
 
     def _samples(self, task: ShardTask, windows: Sequence[_Window]) -> tuple[mds.Integers, Iterator[Data]]:
         """What follows a shard's header: the lengths in bytes of its samples, or sequences, and their bytes in runs."""
