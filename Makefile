@@ -62,6 +62,7 @@ lint: env
 
 bench: fetch
 	$(BIN)/python benchmarks/compile.py --quick
+	$(BIN)/python benchmarks/memory.py --quick
 	$(BIN)/python benchmarks/detect.py --quick
 	$(BIN)/python benchmarks/recovery.py --quick
 
