@@ -18,6 +18,7 @@ import pytest
 from handmade import tree
 from test_detect import ROOT, World, content_of, descendants, golden, wait_until, world  # noqa: F401
 
+from vtmix import pooling
 from vtmix.artifacts import Weights, run_folder
 from vtmix.compile import compile_epoch
 from vtmix.config import load
@@ -138,3 +139,13 @@ def test_a_compile_job_writes_the_mixture_that_the_command_does(head, project_fo
     run_folder(config).mixture(1).rename(project_folder / "by-the-job")
     compile_epoch(config, 1)
     assert tree(run_folder(config).mixture(1)) == found
+
+
+def test_a_pool_job_writes_the_pools_that_the_command_does(head, project_folder, project, tmp_path):
+    path, same = project(tmp_path / "there"), project(tmp_path / "here")
+    done = head.submit(project_folder, "python", "jobs/pool.py", "--config", str(path))
+    assert done.returncode == 0, done.stdout
+    assert f"committed {run_folder(load(path)).pools}" in done.stdout
+    pooling.build(load(same))
+    for domain in load(path).domains:
+        assert tree(run_folder(load(path)).pool(domain)) == tree(run_folder(load(same)).pool(domain))
