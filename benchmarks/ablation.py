@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pretraining import TRUTHS, documents, pretrained, sources
@@ -80,6 +80,26 @@ class Run:
         settings = self.config
         found = run_folder(settings)
         return [dict(Weights.read(found.weights(epoch), "").weights) for epoch in range(1, settings.epochs + 1)]
+
+
+class Compared(NamedTuple):
+    """A rule's final loss in a domain (or their `mean`) over the baseline's with the same seed, less 1; per seed."""
+
+    title: str
+    domain: str
+    values: list[float]
+
+
+class Change(NamedTuple):
+    """After an epoch of an expansion: the relative change of the target's loss since the base model, and the sum of the
+    others', per seed. Below 0 is better than the base model.
+    """
+
+    algorithm: str
+    target: str
+    epoch: int
+    mine: list[float]
+    others: list[float]
 
 
 def small(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -204,28 +224,27 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), float(t.ppf(0.975, len(values) - 1)) * error
 
 
-def against_baseline(found: Sequence[Run]) -> Iterator[tuple[str, str, list[float]]]:
-    """Per rule and domain (and their `mean`): the final loss over that of the baseline with the same seed, less 1."""
+def against_baseline(found: Sequence[Run]) -> Iterator[Compared]:
+    """Every rule in every domain, where the baseline was run too."""
     final = {(one.title, one.seed): one.losses()[-1] for one in found}
     base: dict[int, dict[str, float]] = {seed: losses for (title, seed), losses in final.items() if title == BASELINE}
     for title in dict.fromkeys(title for title, _ in final):
         mine = {seed: losses for (name, seed), losses in final.items() if name == title and seed in base}
         for domain in found[0].config.domains if mine else ():
-            yield title, domain, [losses[domain] / base[seed][domain] - 1 for seed, losses in mine.items()]
+            yield Compared(title, domain, [losses[domain] / base[seed][domain] - 1 for seed, losses in mine.items()])
         if mine:
             means = [statistics.fmean(mine[seed].values()) / statistics.fmean(base[seed].values()) - 1 for seed in mine]
-            yield title, "mean", means
+            yield Compared(title, "mean", means)
 
 
-def changes(found: Sequence[Run]) -> Iterator[tuple[str, str, int, list[float], list[float]]]:
-    """Per rule with a target and epoch: the target's relative change of loss since the base model, and the sum of the
-    others', over seeds. Below 0 is better than the base model."""
+def changes(found: Sequence[Run]) -> Iterator[Change]:
+    """Every rule with every target after every epoch."""
     expanding = [one for one in found if one.target is not None]
     for algorithm, target in dict.fromkeys((one.algorithm, one.target) for one in expanding):
         curves = [one.losses() for one in expanding if (one.algorithm, one.target) == (algorithm, target)]
         for epoch in range(1, len(curves[0])):
             relative = [{name: loss / curve[0][name] - 1 for name, loss in curve[epoch].items()} for curve in curves]
-            yield (
+            yield Change(
                 algorithm,
                 str(target),
                 epoch,
@@ -251,7 +270,7 @@ def report(found: Sequence[Run], folder: Path) -> dict[str, Any]:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["algorithm", "target", "seed", "epoch", "domain", "weight", "loss", "perplexity"])
         for one in found:
-            weights = [dict.fromkeys(domains, ""), *one.weights()]
+            weights: list[dict[str, Any]] = [dict.fromkeys(domains, ""), *one.weights()]
             for epoch, losses in enumerate(one.losses()):
                 for name, loss in losses.items():
                     row = [one.algorithm, one.target or "", one.seed, epoch, name, weights[epoch][name]]
@@ -259,23 +278,14 @@ def report(found: Sequence[Run], folder: Path) -> dict[str, Any]:
     _charts(found, compared, expanded, folder)
     print("\n".join(lines))
     print(f"\ntables and charts: {folder}")
-    return {
-        "multi": {
-            title: statistics.fmean(values)
-            for title, domain, values in compared
-            if domain == "mean" and " → " not in title
-        },
-        "expand": {
-            target: {
-                algorithm: {
-                    "target": [statistics.fmean(v) for a, t, _, v, _ in expanded if (a, t) == (algorithm, target)],
-                    "others": [statistics.fmean(v) for a, t, _, _, v in expanded if (a, t) == (algorithm, target)],
-                }
-                for algorithm in dict.fromkeys(name for name, of, *_ in expanded if of == target)
-            }
-            for target in dict.fromkeys(of for _, of, *_ in expanded)
-        },
-    }
+    expansions: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for change in expanded:
+        curves = expansions.setdefault(change.target, {}).setdefault(change.algorithm, {"target": [], "others": []})
+        curves["target"].append(statistics.fmean(change.mine))
+        curves["others"].append(statistics.fmean(change.others))
+    multi = {one.title: statistics.fmean(one.values) for one in compared if one.domain == "mean"}
+    plain = {one.title for one in found if one.target is None}
+    return {"multi": {title: value for title, value in multi.items() if title in plain}, "expand": expansions}
 
 
 def _loss_table(found: Sequence[Run], domains: Sequence[str]) -> Iterator[str]:
@@ -292,7 +302,7 @@ def _loss_table(found: Sequence[Run], domains: Sequence[str]) -> Iterator[str]:
         yield f"| {title} | {' | '.join(f'{value:.4f}' for value in means)} | {mean:.4f} ({math.exp(mean):.2f}) |"
 
 
-def _relative_table(compared: Sequence[tuple[str, str, list[float]]], domains: Sequence[str]) -> Iterator[str]:
+def _relative_table(compared: Sequence[Compared], domains: Sequence[str]) -> Iterator[str]:
     yield f"Loss after the last epoch against `{BASELINE}` with the same seed (below 0: better), with 95 % intervals:"
     yield ""
     columns = [*domains, "mean"]
@@ -304,7 +314,7 @@ def _relative_table(compared: Sequence[tuple[str, str, list[float]]], domains: S
 
 
 def _expansion_table(
-    expanded: Sequence[tuple[str, str, int, list[float], list[float]]],
+    expanded: Sequence[Change],
 ) -> Iterator[str]:
     if not expanded:
         return
@@ -320,8 +330,8 @@ def _expansion_table(
 
 def _charts(
     found: Sequence[Run],
-    compared: Sequence[tuple[str, str, list[float]]],
-    expanded: Sequence[tuple[str, str, int, list[float], list[float]]],
+    compared: Sequence[Compared],
+    expanded: Sequence[Change],
     folder: Path,
 ) -> None:
     first = [one for one in found if one.seed == found[0].seed]
