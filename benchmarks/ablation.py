@@ -157,15 +157,18 @@ def write(raw: Raw, folder: Path, **changes: Any) -> MixtureConfig:
 
 
 def absolute(settings: MixtureConfig) -> Raw:
-    """A configuration as it can be moved: its paths made absolute."""
+    """A configuration as it can be moved: what it says relative to its own folder made absolute."""
     raw: dict[str, Any] = settings.model_dump(mode="json")
-    raw["model"]["name"] = settings.model_location(settings.model)
-    if settings.reference.model:
-        raw["reference"]["model"]["name"] = settings.model_location(settings.reference.model)
-    for domain in raw["domains"].values():
-        for source in (*domain["train"], *domain["eval"]):
-            if source["path"]:
-                source["path"] = str(settings.resolve(source["path"]))
+    detection = raw["detection"]
+    sources_ = [source for domain in raw["domains"].values() for source in (*domain["train"], *domain["eval"])]
+    for part in (raw["model"], raw["reference"]["model"], detection["classifier"].get("model"), *sources_):
+        for key in ("name", "path", "dataset"):
+            found = isinstance(part, dict) and part.get(key)
+            if found and (key == "path" or settings.resolve(found).is_dir()):
+                part[key] = str(settings.resolve(found))
+    for part in (detection["engine"], detection["classifier"]):
+        if part.get("python"):
+            part["python"] = str(settings.resolve(part["python"]))
     return raw
 
 

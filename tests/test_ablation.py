@@ -110,7 +110,11 @@ def test_the_papers_settings_are_those_of_the_paper():
 def test_a_configuration_moved_elsewhere_still_names_its_files(ablation, tmp_path):
     there = tmp_path / "there"
     (there / "model").mkdir(parents=True)
-    raw = {"model": "model", "domains": {"law": {"train": "law.jsonl", "eval": "val.jsonl"}}}
+    raw = {
+        "model": "model",
+        "domains": {"law": {"train": "law.jsonl", "eval": "val.jsonl"}, "code": {"train": {"dataset": "hub/name"}}},
+        "detection": {"engine": {"kind": "vllm", "python": "env/bin/python"}},
+    }
     (there / "mixture.yaml").write_text(yaml.safe_dump(raw))
     moved = ablation.write(ablation.absolute(config.load(there / "mixture.yaml")), tmp_path / "here", seed=3)
     assert moved.model_location(moved.model) == str(there / "model")
@@ -118,4 +122,6 @@ def test_a_configuration_moved_elsewhere_still_names_its_files(ablation, tmp_pat
         str(there / "law.jsonl"),
         str(there / "val.jsonl"),
     ]
+    assert moved.domains["code"].train[0].dataset == "hub/name"
+    assert moved.detection.engine.python == str(there / "env" / "bin" / "python")
     assert moved.seed == 3
