@@ -15,7 +15,7 @@ from conftest import WORDS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtmix import mds, pool, pooling, reference
+from vtmix import mds, pool, pooling, reference, trainee
 from vtmix.artifacts import DomainLoss, Losses, Reference
 from vtmix.config import load, validate
 from vtmix.errors import ConfigError, ConflictError, LossError, MissingError
@@ -233,17 +233,17 @@ def test_a_reference_model_with_another_tokenizer_has_pools_of_its_own_and_bytes
 def test_a_domain_that_was_interrupted_goes_on_after_its_last_epoch_and_ends_the_same(built, project_copy, monkeypatch):
     without(project_copy, "medicine", "code")
     config = load(project_copy / "mixture.yaml")
-    monkeypatch.setattr(reference, "CHECKPOINT_SECONDS", 0)
-    train = reference.Trainee.train
+    monkeypatch.setattr(trainee, "CHECKPOINT_SECONDS", 0)
+    train = trainee.Trainee.train
     epochs = []
 
-    def counted(trainee):
-        epochs.append((trainee._job.domain, trainee.epoch))
+    def counted(found):
+        epochs.append((found._job.domain, found.epoch))
         if epochs == [("medicine", 0), ("medicine", 1)]:
             raise KeyboardInterrupt
-        train(trainee)
+        train(found)
 
-    monkeypatch.setattr(reference.Trainee, "train", counted)
+    monkeypatch.setattr(trainee.Trainee, "train", counted)
     with pytest.raises(KeyboardInterrupt):
         reference.build(config)
     assert (project_copy / "run/reference/checkpoints/medicine/step-00000001/state.pt").exists()
@@ -258,11 +258,11 @@ def test_a_domain_that_was_interrupted_goes_on_after_its_last_epoch_and_ends_the
 
 def test_a_checkpoint_of_other_settings_is_refused_naming_the_domain(project_copy, tiny_model, monkeypatch):
     without(project_copy, *WORDS)
-    monkeypatch.setattr(reference, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(reference.Trainee, "checkpoint", stopped := stop_after(reference.Trainee.checkpoint))
+    monkeypatch.setattr(trainee, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(trainee.Trainee, "checkpoint", stopped := stop_after(trainee.Trainee.checkpoint))
     with pytest.raises(KeyboardInterrupt):
         reference.build(load(project_copy / "mixture.yaml"))
-    monkeypatch.setattr(reference.Trainee, "checkpoint", stopped.__wrapped__)
+    monkeypatch.setattr(trainee.Trainee, "checkpoint", stopped.__wrapped__)
     config = load(write(project_copy, tiny_model, reference={**REFERENCE, "lr": 1e-3}))
     with pytest.raises(ConflictError, match=r"was trained with other settings, or on another pool, .* of 'law'"):
         reference.build(config)

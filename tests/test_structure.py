@@ -50,6 +50,7 @@ LAYERS = [
         "probe",
         "judge",
         "stages",
+        "trainee",
     },
     {"compile"},
     {"verify", "detect", "reference", "trace", "gc"},
