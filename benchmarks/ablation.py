@@ -15,6 +15,8 @@ proportions, so that it knows some domains better than others, and can forget th
 
 import argparse
 import csv
+import itertools
+import json
 import math
 import os
 import shlex
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from pretraining import TRUTHS, documents, pretrained, sources
+from pretraining import TRUTHS, documents, engine, pretrained, sources
 from shared import CORPUS, ROOT, end, run
 
 from vtmix import charts, config, distribute, progress
@@ -107,11 +109,10 @@ def small(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     files = sources(options.data)
     texts = {domain: documents(path) for domain, path in files.items()}
     model = pretrained(folder / "model", texts, TRUTHS[0], steps=options.pretraining, tokens=options.tokens)
-    held_out = {domain: path.with_name("val.jsonl") for domain, path in files.items()}
     return {
         "model": str(model),
         "domains": {
-            domain: {"train": str(path), **({"eval": str(held_out[domain])} if held_out[domain].exists() else {})}
+            domain: {"train": str(path), **held_out(folder / "eval" / f"{domain}.jsonl", path, model, options)}
             for domain, path in files.items()
         },
         "epochs": 4,
@@ -123,6 +124,7 @@ def small(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             "samples": options.detection,
             "max_tokens": options.tokens,
             "precision": "fp32",
+            "engine": engine(),
             "control": options.detection // 2,
             "opening": 3,
             "correct": True,
@@ -132,11 +134,30 @@ def small(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "training": {
             "batch_size": 16,
             "lr": options.lr,
-            "eval_samples": options.eval_samples,
             "eval_batch_size": 32,
             "keep_checkpoints": 1,
         },
     }
+
+
+def held_out(target: Path, train: Path, model: Path, options: argparse.Namespace) -> dict[str, str]:
+    """The first eval records that fit the context, as a file that every seed evaluates on; nothing without them."""
+    from vtmix.encode import load_tokenizer
+
+    source = train.with_name("val.jsonl")
+    if not source.exists():
+        return {}
+    tokenizer = load_tokenizer(str(model), None)
+    with source.open(encoding="utf-8") as lines:
+        records = ((line, json.loads(line)) for line in lines)
+        fitting = (
+            line
+            for line, found in records
+            if len(tokenizer(found["prompt"] + found["response"]).input_ids) < options.tokens
+        )
+        target.parent.mkdir(exist_ok=True)
+        target.write_text("".join(itertools.islice(fitting, options.eval_samples)), encoding="utf-8")
+    return {"eval": str(target)}
 
 
 def prepare(raw: Raw, folder: Path) -> tuple[DetectionReport, Reference]:
@@ -392,7 +413,7 @@ def main() -> int:
     small_model.add_argument("--pretraining", type=int, default=1200, help="steps of 16 documents")
     small_model.add_argument("--samples", type=int, default=320, help="of an epoch, and of a reference model's")
     small_model.add_argument("--eval-samples", type=int, default=64, help="per domain")
-    small_model.add_argument("--detection", type=int, default=512, help="samples per iteration, of four")
+    small_model.add_argument("--detection", type=int, default=1024, help="samples per iteration, of four")
     small_model.add_argument("--tokens", type=int, default=128, help="of a document, at most")
     small_model.add_argument("--lr", type=float, default=5e-4)
     options = parser.parse_args()

@@ -35,7 +35,6 @@ from vtmix.errors import VtmixError
 from vtmix.pooling import build
 from vtmix.settings import MixtureConfig
 
-
 ZSTD_LEVELS = (1, 2, 3)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from shared import corpus
+from shared import ROOT, corpus
 
 from vtmix import progress
 from vtmix.errors import VtmixError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 START, END = "<|endoftext|>", "<|end|>"
 VOCABULARY = 4096
+VLLM = ROOT / ".venv-vllm" / "bin" / "python"
 TRUTHS = (
     {"law": 0.08, "medicine": 0.30, "finance": 0.12, "science": 0.15, "code": 0.25, "other": 0.10},
     {"law": 0.35, "medicine": 0.05, "finance": 0.20, "science": 0.10, "code": 0.10, "other": 0.20},
@@ -36,6 +37,11 @@ def sources(data: Path) -> dict[str, Path]:
             f"no corpus of {', '.join(missing)} found in {data}: run examples/quickstart/fetch.py, or give --data"
         )
     return {domain: found[domain] for domain in TRUTHS[0]}
+
+
+def engine() -> dict[str, str]:
+    """What such a model is sampled with: vLLM where `make vllm-env` has been run, else transformers."""
+    return {"kind": "vllm", "python": str(VLLM)} if VLLM.exists() else {"kind": "transformers"}
 
 
 def documents(path: Path) -> list[str]:

@@ -22,20 +22,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pretraining import TRUTHS, documents, pretrained, sources
-from shared import CORPUS, ROOT, end, run
+from pretraining import TRUTHS, documents, engine, pretrained, sources
+from shared import CORPUS, end, run
 
 from vtmix import config
 from vtmix.artifacts import DetectionReport
 from vtmix.detect import detect
 from vtmix.pooling import build
 
-VLLM = ROOT / ".venv-vllm" / "bin" / "python"
-
 
 def detected(folder: Path, model: Path, files: dict[str, Path], options: Any) -> DetectionReport:
     """The detection of a model, with a classifier fitted on the corpus."""
-    engine = {"kind": "vllm", "python": str(VLLM)} if VLLM.exists() else {"kind": "transformers"}
     settings = config.validate(
         {
             "model": str(model),
@@ -49,7 +46,7 @@ def detected(folder: Path, model: Path, files: dict[str, Path], options: Any) ->
                 "samples": -(-options.samples // 4),
                 "max_tokens": options.tokens,
                 "precision": "fp32",
-                "engine": engine,
+                "engine": engine(),
                 "control": options.control,
                 "opening": options.opening,
                 "correct": True,
