@@ -77,12 +77,12 @@ def test_on_ray_results_come_as_they_are_done(tmp_path, ray_workers):
 
 
 def test_on_ray_an_error_is_raised_as_it_is_and_what_is_under_way_is_cancelled(tmp_path, ray_workers):
-    items = iter([(20, tmp_path), (-1, tmp_path), (0.1, tmp_path)])
+    items = iter([(100, tmp_path), (-1, tmp_path), (0.1, tmp_path)])
     begun = time.monotonic()
     with pytest.raises(RecordError, match="no record") as error:
         list(distribute.run(refused, items, backend="ray", workers=1))
     assert type(error.value) is RecordError
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 60
     assert len(list(items)) == 1
     assert not list(tmp_path.glob("done-*"))
 
