@@ -163,7 +163,7 @@ def held_out(target: Path, train: Path, model: Path, options: argparse.Namespace
 def prepare(raw: Raw, folder: Path) -> tuple[DetectionReport, Reference]:
     """The base model's knowledge distribution and the reference losses, which all runs share."""
     settings = write(raw, folder / "base", run="run")
-    build(settings)
+    build(settings)  # the pools, which all runs share
     return detect(settings), build_reference(settings)
 
 
@@ -177,9 +177,12 @@ def write(raw: Raw, folder: Path, **changes: Any) -> MixtureConfig:
     return config.load(path)
 
 
-def absolute(settings: MixtureConfig) -> Raw:
-    """A configuration as it can be moved: what it says relative to its own folder made absolute."""
+def absolute(settings: MixtureConfig, pools: Path) -> Raw:
+    """A configuration as it can be moved: what it says relative to its own folder made absolute, its pools in one that
+    is shared.
+    """
     raw: dict[str, Any] = settings.model_dump(mode="json")
+    raw["pool"]["folder"] = str(settings.resolve(settings.pool.folder) if settings.pool.folder else pools)
     detection = raw["detection"]
     sources_ = [source for domain in raw["domains"].values() for source in (*domain["train"], *domain["eval"])]
     for part in (raw["model"], raw["reference"]["model"], detection["classifier"].get("model"), *sources_):
@@ -194,11 +197,10 @@ def absolute(settings: MixtureConfig) -> Raw:
 
 
 def runs(raw: Raw, folder: Path, options: argparse.Namespace) -> list[Run]:
-    """Every run of the study, ready to be trained: its configuration and its pools, detection and reference losses."""
+    """Every run of the study, ready to be trained: its configuration, and the detection and reference losses of all."""
     knowledge, reference = prepare(raw, folder)
     found = []
     for seed in range(1, options.seeds + 1):
-        pools = folder / f"pool-{seed}"
         for algorithm in options.algorithms:
             targets = options.targets if ALGORITHMS[algorithm].expands else [None]
             for target in targets:
@@ -209,10 +211,8 @@ def runs(raw: Raw, folder: Path, options: argparse.Namespace) -> list[Run]:
                     folder / name / f"seed-{seed}",
                     run="run",
                     seed=seed,
-                    pool={**raw["pool"], "folder": str(pools), "seed": seed},
                     weights=weights,
                 )
-                build(settings)
                 there = run_folder(settings)
                 # Made from other inputs than this run's: they stand as if written by hand, and are taken as they are.
                 for path, artefact in ((there.detection, knowledge), (there.reference, reference)):
@@ -380,7 +380,8 @@ def _charts(
 
 def study(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Runs the whole study and reports it."""
-    raw = absolute(config.load(options.config)) if options.config else absolute(write(small(folder, options), folder))
+    settings = config.load(options.config) if options.config else write(small(folder, options), folder)
+    raw = absolute(settings, pools=folder / "pool")
     unknown = [name for name in options.targets if name not in raw["domains"]]
     if unknown:
         raise VtmixError(f"--targets {' '.join(unknown)}: the domains are {', '.join(raw['domains'])}")

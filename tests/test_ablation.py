@@ -116,7 +116,9 @@ def test_a_configuration_moved_elsewhere_still_names_its_files(ablation, tmp_pat
         "detection": {"engine": {"kind": "vllm", "python": "env/bin/python"}},
     }
     (there / "mixture.yaml").write_text(yaml.safe_dump(raw))
-    moved = ablation.write(ablation.absolute(config.load(there / "mixture.yaml")), tmp_path / "here", seed=3)
+    moved = ablation.write(
+        ablation.absolute(config.load(there / "mixture.yaml"), tmp_path / "pool"), tmp_path / "here", seed=3
+    )
     assert moved.model_location(moved.model) == str(there / "model")
     assert [source.path for source in (*moved.domains["law"].train, *moved.domains["law"].eval)] == [
         str(there / "law.jsonl"),
@@ -124,4 +126,5 @@ def test_a_configuration_moved_elsewhere_still_names_its_files(ablation, tmp_pat
     ]
     assert moved.domains["code"].train[0].dataset == "hub/name"
     assert moved.detection.engine.python == str(there / "env" / "bin" / "python")
+    assert moved.pool.folder == str(tmp_path / "pool")
     assert moved.seed == 3
