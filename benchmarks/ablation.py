@@ -160,11 +160,20 @@ def held_out(target: Path, train: Path, model: Path, options: argparse.Namespace
     return {"eval": str(target)}
 
 
-def prepare(raw: Raw, folder: Path) -> tuple[DetectionReport, Reference]:
-    """The base model's knowledge distribution and the reference losses, which all runs share."""
+def prepare(raw: Raw, folder: Path, *, whole_texts: bool) -> tuple[DetectionReport, Reference]:
+    """The base model's knowledge distribution and the reference losses, which all runs share, as they do the pools.
+
+    With `whole_texts`, detection has pools of its own, of whole texts: what a small context leaves of a domain is not
+    the domain that the model was trained on.
+    """
     settings = write(raw, folder / "base", run="run")
-    build(settings)  # the pools, which all runs share
-    return detect(settings), build_reference(settings)
+    build(settings)
+    detecting = settings
+    if whole_texts:
+        changes = {"encoding": {"template": "plain"}, "pool": {**raw["pool"], "folder": "pool"}}
+        detecting = write(raw, folder / "detection", run="run", **changes)
+        build(detecting)
+    return detect(detecting), build_reference(settings)
 
 
 def write(raw: Raw, folder: Path, **changes: Any) -> MixtureConfig:
@@ -198,7 +207,7 @@ def absolute(settings: MixtureConfig, pools: Path) -> Raw:
 
 def runs(raw: Raw, folder: Path, options: argparse.Namespace) -> list[Run]:
     """Every run of the study, ready to be trained: its configuration, and the detection and reference losses of all."""
-    knowledge, reference = prepare(raw, folder)
+    knowledge, reference = prepare(raw, folder, whole_texts=options.config is None)
     found = []
     for seed in range(1, options.seeds + 1):
         for algorithm in options.algorithms:
