@@ -241,15 +241,22 @@ def compare_zstd(settings: MixtureConfig, options: argparse.Namespace) -> dict[s
 
 
 def growth(folder: Path, sizes: Sequence[int], options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Seconds and peak memory for epochs of small samples, by their size."""
+    """Seconds, with and without flushing, and peak memory for epochs of small samples, by their size.
+
+    The sizes take turns, so that all meet the same machine.
+    """
     folder.mkdir()
     settings = prepare(folder, small_sources(folder), sizes[0])
+    found: dict[str, list[dict[str, float]]] = {str(size): [] for size in sizes}
+    for _ in range(options.repeat):
+        for size in sizes:
+            flushed, unflushed = (
+                compiled(settings, options.workers, flush=flush, samples_per_epoch=size) for flush in (True, False)
+            )
+            found[str(size)].append(flushed | {"unflushed": unflushed["seconds"]})
     return {
-        str(size): min(
-            (compiled(settings, options.workers, flush=True, samples_per_epoch=size) for _ in range(options.repeat)),
-            key=lambda found: found["seconds"],
-        )
-        for size in sizes
+        size: {name: (max if name == "peak_mib" else min)(one[name] for one in took) for name in took[0]}
+        for size, took in found.items()
     }
 
 
@@ -290,13 +297,17 @@ def main() -> int:
     print("\nsamples of about 150 bytes:")
     for size, found in grown.items():
         rate = int(size) / found["seconds"]
-        print(f"  {int(size):12,} {found['seconds']:8.2f} s {rate:12,.0f} samples/s {found['peak_mib']:6.0f} MiB")
+        print(
+            f"  {int(size):12,} {found['seconds']:8.2f} s {rate:12,.0f} samples/s {found['peak_mib']:6.0f} MiB"
+            f" {found['unflushed']:8.2f} s unflushed"
+        )
     figures = {
         **flushed,
         "unflushed": unflushed,
         "ratio_zstd": min(zstd.values(), default=None),
         "ratio_zstd_by_level": zstd,
         "growth": {size: found["seconds"] for size, found in grown.items()},
+        "growth_unflushed": {size: found["unflushed"] for size, found in grown.items()},
         "growth_peak_mib": {size: found["peak_mib"] for size, found in grown.items()},
     }
     return end(figures, as_json=options.json)
