@@ -85,7 +85,9 @@ class Run:
 
 
 class Compared(NamedTuple):
-    """A rule's final loss in a domain (or their `mean`) over the baseline's with the same seed, less 1; per seed."""
+    """A rule's final loss in a domain over the baseline's with the same seed, less 1, per seed; the domains' `mean`
+    likewise, and the `perplexity` of that mean.
+    """
 
     title: str
     domain: str
@@ -258,16 +260,20 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def against_baseline(found: Sequence[Run]) -> Iterator[Compared]:
-    """Every rule in every domain, where the baseline was run too."""
+    """Every rule in every domain, on average, and in perplexity, where the baseline was run too."""
     final = {(one.title, one.seed): one.losses()[-1] for one in found}
     base: dict[int, dict[str, float]] = {seed: losses for (title, seed), losses in final.items() if title == BASELINE}
     for title in dict.fromkeys(title for title, _ in final):
         mine = {seed: losses for (name, seed), losses in final.items() if name == title and seed in base}
-        for domain in found[0].config.domains if mine else ():
+        if not mine:
+            continue
+        for domain in found[0].config.domains:
             yield Compared(title, domain, [losses[domain] / base[seed][domain] - 1 for seed, losses in mine.items()])
-        if mine:
-            means = [statistics.fmean(mine[seed].values()) / statistics.fmean(base[seed].values()) - 1 for seed in mine]
-            yield Compared(title, "mean", means)
+        means = [
+            (statistics.fmean(losses.values()), statistics.fmean(base[seed].values())) for seed, losses in mine.items()
+        ]
+        yield Compared(title, "mean", [loss / of_base - 1 for loss, of_base in means])
+        yield Compared(title, "perplexity", [math.expm1(loss - of_base) for loss, of_base in means])
 
 
 def changes(found: Sequence[Run]) -> Iterator[Change]:
@@ -338,7 +344,7 @@ def _loss_table(found: Sequence[Run], domains: Sequence[str]) -> Iterator[str]:
 def _relative_table(compared: Sequence[Compared], domains: Sequence[str]) -> Iterator[str]:
     yield f"Loss after the last epoch against `{BASELINE}` with the same seed (below 0: better), with 95 % intervals:"
     yield ""
-    columns = [*domains, "mean"]
+    columns = [*domains, "mean", "perplexity"]
     yield f"| algorithm | {' | '.join(columns)} |"
     yield f"| --- |{' ---: |' * len(columns)}"
     cells = {(title, name): percent(values) for title, name, values in compared}
@@ -375,7 +381,7 @@ def _charts(
     charts.lines(folder / "weights.svg", panels, x="epoch", y="weight")
     spokes: dict[str, dict[str, float]] = {}
     for title, name, values in compared:
-        if " → " not in title and name != "mean":
+        if " → " not in title and name not in ("mean", "perplexity"):
             spokes.setdefault(title, {})[name] = 1 / (1 + statistics.fmean(values))
     if spokes:
         charts.radar(folder / "radar.svg", spokes, title=f"loss of {BASELINE} / loss (outward is better)")

@@ -54,7 +54,8 @@ def test_a_final_loss_is_compared_with_the_baselines_of_the_same_seed(ablation, 
     assert compared["versatune", "law"] == [1 / 2 - 1, 5 / 4 - 1]
     assert compared["versatune", "code"] == [0, 0]
     assert compared["versatune", "mean"] == [3 / 4 - 1, pytest.approx(9 / 8 - 1)]
-    assert compared["uniform", "mean"] == [0, 0]
+    assert compared["versatune", "perplexity"] == pytest.approx([math.exp(1 - 4 / 3) - 1, math.exp(3 - 8 / 3) - 1])
+    assert compared["uniform", "mean"] == compared["uniform", "perplexity"] == [0, 0]
 
 
 def test_a_target_and_the_others_are_compared_with_the_base_model_epoch_by_epoch(ablation, tmp_path):
@@ -83,7 +84,7 @@ def test_the_report_holds_every_loss_and_is_drawn(ablation, tmp_path, capsys):
     figures = ablation.report(found, tmp_path / "report")
     assert figures["multi"] == {"uniform": 0, "versatune": -0.25}
     assert figures["expand"] == {"law": {"single-domain": {"target": [-0.5, -0.75], "others": [0.5, 2]}}}
-    assert "| versatune | -50.00% | +0.00% | +0.00% | -25.00% |" in capsys.readouterr().out
+    assert "| versatune | -50.00% | +0.00% | +0.00% | -25.00% | -28.35% |" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "report" / "ablation.csv").open()))
     assert len(rows) == 3 * 3 * 3
     assert {name: rows[-3][name] for name in ("algorithm", "epoch", "domain", "weight", "loss")} == {
