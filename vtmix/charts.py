@@ -1,5 +1,6 @@
 """Charts as files: SVG, PNG or PDF by the name's ending. Equal data gives equal files."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from vtmix.errors import ConfigError
 
 Series = Mapping[str, Sequence[float]]
 COLUMNS = 3
+STYLES = ("-", "--", ":", "-.")
+"""Of lines one after the other: where two coincide, both are seen."""
 FORMATS = (".svg", ".png", ".pdf")
 
 
@@ -21,8 +24,8 @@ def lines(path: Path, panels: Mapping[str, Series], *, x: str, y: str, start: in
     """One panel per title, with a line per name; the values of a line stand at start, start + 1, …"""
     figure, axes = _panels(len(panels))
     for axis, (title, series) in zip(axes, panels.items(), strict=False):
-        for name, values in series.items():
-            axis.plot(range(start, start + len(values)), values, marker="o", markersize=3, label=name)
+        for (name, values), style in zip(series.items(), itertools.cycle(STYLES), strict=False):
+            axis.plot(range(start, start + len(values)), values, style, marker="o", markersize=3, label=name)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(x)
         axis.set_ylabel(y)
@@ -42,11 +45,18 @@ def radar(path: Path, series: Mapping[str, Mapping[str, float]], *, title: str) 
     angles = [2 * math.pi * number / len(spokes) for number in range(len(spokes))]
     figure = Figure(figsize=(6, 6), layout="constrained")
     axis: Any = figure.add_subplot(projection="polar")
-    for name, values in series.items():
+    for (name, values), style in zip(series.items(), itertools.cycle(STYLES), strict=False):
         found = [values[spoke] for spoke in spokes]
-        axis.plot([*angles, angles[0]], [*found, found[0]], marker="o", markersize=3, label=name)
+        axis.plot([*angles, angles[0]], [*found, found[0]], style, marker="o", markersize=3, label=name)
+    # Not from 0 on: shares of a loss differ by a few hundredths.
+    drawn = [value for values in series.values() for value in values.values()]
+    least, most = min(drawn), max(drawn)
+    margin = (most - least) / 4 or 0.01
+    axis.set_ylim(least - margin, most + margin)
+    axis.set_rlabel_position(180 / len(spokes))
+    axis.tick_params(axis="x", pad=12)
     axis.set_xticks(angles, spokes)
-    axis.set_title(title, fontsize=10)
+    axis.set_title(title, fontsize=10, pad=20)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     _save(figure, path)
 
@@ -54,7 +64,7 @@ def radar(path: Path, series: Mapping[str, Mapping[str, float]], *, title: str) 
 def _panels(count: int) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
 
-    columns = min(count, COLUMNS)
+    columns = 2 if count == 4 else min(count, COLUMNS)
     rows = -(-count // columns)
     figure = Figure(figsize=(4 * columns, 3 * rows + 0.6), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
