@@ -65,12 +65,15 @@ def test_both_stages_are_busy_at_the_same_time(ray_cluster):
 def test_stopped_early_the_actors_end(ray_cluster):
     import ray
 
-    idle = ray.available_resources()["CPU"]
+    def idle():
+        return ray.available_resources().get("CPU", 0) == ray.cluster_resources()["CPU"]
+
+    wait_until(idle, seconds=60, pause=0.2)  # the actors of the test before have ended
     drawn = stages.draw(PARTS, BLOCKS, stage(SlowSampler), stage(SlowClassifier))
     next(drawn)
-    wait_until(lambda: ray.available_resources()["CPU"] < idle, seconds=60, pause=0.2)
+    wait_until(lambda: not idle(), seconds=60, pause=0.2)
     drawn.close()
-    wait_until(lambda: ray.available_resources()["CPU"] >= idle, seconds=60, pause=0.2)
+    wait_until(idle, seconds=60, pause=0.2)
 
 
 def test_labelled_texts_come_back_in_their_places(ray_cluster):
