@@ -65,6 +65,7 @@ bench: fetch
 	$(BIN)/python benchmarks/memory.py --quick
 	$(BIN)/python benchmarks/detect.py --quick
 	$(BIN)/python benchmarks/recovery.py --quick
+	$(BIN)/python benchmarks/ablation.py --quick
 
 lock: env
 	$(BIN)/uv pip compile pyproject.toml --extra train --extra quickstart --extra bench --extra dev --universal \

@@ -15,6 +15,7 @@ proportions, so that it knows some domains better than others, and can forget th
 
 import argparse
 import csv
+import functools
 import itertools
 import json
 import math
@@ -63,25 +64,25 @@ class Run:
         """The rule and its target."""
         return self.algorithm if self.target is None else f"{self.algorithm} → {self.target}"
 
-    @property
+    @functools.cached_property
     def config(self) -> MixtureConfig:
         """Its configuration."""
         return config.load(self.folder / "mixture.yaml")
 
+    @functools.cached_property
     def losses(self) -> list[dict[str, float]]:
         """Per epoch from 0, the base model's: each domain's eval loss in nats per token."""
-        settings = self.config
-        found = run_folder(settings)
+        found = run_folder(self.config)
         return [
             {name: loss.per_token for name, loss in Losses.read(found.losses(epoch), "").domains.items()}
-            for epoch in range(settings.epochs + 1)
+            for epoch in range(self.config.epochs + 1)
         ]
 
+    @functools.cached_property
     def weights(self) -> list[dict[str, float]]:
         """Per epoch from 1: the weights it was trained with."""
-        settings = self.config
-        found = run_folder(settings)
-        return [dict(Weights.read(found.weights(epoch), "").weights) for epoch in range(1, settings.epochs + 1)]
+        found = run_folder(self.config)
+        return [dict(Weights.read(found.weights(epoch), "").weights) for epoch in range(1, self.config.epochs + 1)]
 
 
 class Compared(NamedTuple):
@@ -261,7 +262,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def against_baseline(found: Sequence[Run]) -> Iterator[Compared]:
     """Every rule in every domain, on average, and in perplexity, where the baseline was run too."""
-    final = {(one.title, one.seed): one.losses()[-1] for one in found}
+    final = {(one.title, one.seed): one.losses[-1] for one in found}
     base: dict[int, dict[str, float]] = {seed: losses for (title, seed), losses in final.items() if title == BASELINE}
     for title in dict.fromkeys(title for title, _ in final):
         mine = {seed: losses for (name, seed), losses in final.items() if name == title and seed in base}
@@ -280,7 +281,7 @@ def changes(found: Sequence[Run]) -> Iterator[Change]:
     """Every rule with every target after every epoch."""
     expanding = [one for one in found if one.target is not None]
     for algorithm, target in dict.fromkeys((one.algorithm, one.target) for one in expanding):
-        curves = [one.losses() for one in expanding if (one.algorithm, one.target) == (algorithm, target)]
+        curves = [one.losses for one in expanding if (one.algorithm, one.target) == (algorithm, target)]
         for epoch in range(1, len(curves[0])):
             relative = [{name: loss / curve[0][name] - 1 for name, loss in curve[epoch].items()} for curve in curves]
             yield Change(
@@ -309,8 +310,8 @@ def report(found: Sequence[Run], folder: Path) -> dict[str, Any]:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["algorithm", "target", "seed", "epoch", "domain", "weight", "loss", "perplexity"])
         for one in found:
-            weights: list[dict[str, Any]] = [dict.fromkeys(domains, ""), *one.weights()]
-            for epoch, losses in enumerate(one.losses()):
+            weights: list[dict[str, Any]] = [dict.fromkeys(domains, ""), *one.weights]
+            for epoch, losses in enumerate(one.losses):
                 for name, loss in losses.items():
                     row = [one.algorithm, one.target or "", one.seed, epoch, name, weights[epoch][name]]
                     writer.writerow([*row, loss, math.exp(loss)])
@@ -322,9 +323,9 @@ def report(found: Sequence[Run], folder: Path) -> dict[str, Any]:
         curves = expansions.setdefault(change.target, {}).setdefault(change.algorithm, {"target": [], "others": []})
         curves["target"].append(statistics.fmean(change.mine))
         curves["others"].append(statistics.fmean(change.others))
-    multi = {one.title: statistics.fmean(one.values) for one in compared if one.domain == "mean"}
     plain = {one.title for one in found if one.target is None}
-    return {"multi": {title: value for title, value in multi.items() if title in plain}, "expand": expansions}
+    multi = {one.title: statistics.fmean(one.values) for one in compared if one.domain == "mean" and one.title in plain}
+    return {"multi": multi, "expand": expansions}
 
 
 def _loss_table(found: Sequence[Run], domains: Sequence[str]) -> Iterator[str]:
@@ -332,9 +333,9 @@ def _loss_table(found: Sequence[Run], domains: Sequence[str]) -> Iterator[str]:
     yield ""
     yield f"| algorithm | {' | '.join(domains)} | mean |"
     yield f"| --- |{' ---: |' * (len(domains) + 1)}"
-    finals: dict[str, list[dict[str, float]]] = {"base model": [one.losses()[0] for one in found]}
+    finals: dict[str, list[dict[str, float]]] = {"base model": [one.losses[0] for one in found]}
     for one in found:
-        finals.setdefault(one.title, []).append(one.losses()[-1])
+        finals.setdefault(one.title, []).append(one.losses[-1])
     for title, losses in finals.items():
         means = [statistics.fmean(loss[name] for loss in losses) for name in domains]
         mean = statistics.fmean(means)
@@ -352,9 +353,7 @@ def _relative_table(compared: Sequence[Compared], domains: Sequence[str]) -> Ite
         yield f"| {title} | {' | '.join(cells[title, name] for name in columns)} |"
 
 
-def _expansion_table(
-    expanded: Sequence[Change],
-) -> Iterator[str]:
+def _expansion_table(expanded: Sequence[Change]) -> Iterator[str]:
     if not expanded:
         return
     yield "Change of loss since the base model: the target's / the sum of the other domains' (below 0: better):"
@@ -375,13 +374,14 @@ def _charts(
 ) -> None:
     first = [one for one in found if one.seed == found[0].seed]
     panels = {
-        one.title: {name: [weights[name] for weights in one.weights()] for name in found[0].config.domains}
+        one.title: {name: [weights[name] for weights in one.weights] for name in found[0].config.domains}
         for one in first
     }
     charts.lines(folder / "weights.svg", panels, x="epoch", y="weight")
     spokes: dict[str, dict[str, float]] = {}
+    plain = {one.title for one in found if one.target is None}
     for title, name, values in compared:
-        if " → " not in title and name not in ("mean", "perplexity"):
+        if title in plain and name in found[0].config.domains:
             spokes.setdefault(title, {})[name] = 1 / (1 + statistics.fmean(values))
     if spokes:
         charts.radar(folder / "radar.svg", spokes, title=f"loss of {BASELINE} / loss (outward is better)")
@@ -414,9 +414,7 @@ def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the figures as one object on the last line")
-    parser.add_argument(
-        "--quick", action="store_true", help="two rules of each kind, one seed, few steps: does it run?"
-    )
+    parser.add_argument("--quick", action="store_true", help="three rules, one seed, few steps: does it run?")
     parser.add_argument("--config", type=Path, help="a mixture.yaml to study instead, with a model of your own")
     parser.add_argument("--folder", type=Path, help="where everything is kept, to go on from (default: nowhere)")
     parser.add_argument("--algorithms", nargs="+", choices=list(ALGORITHMS), default=[*MULTI, *EXPAND], metavar="NAME")

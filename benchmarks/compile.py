@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import shared
 from shared import QUICKSTART, corpus, end, run
 
 from vtmix import compile as compiler
@@ -97,13 +98,8 @@ def compiled(settings: MixtureConfig, workers: int, *, flush: bool, **changes: A
 def child(root: Path, workers: int, *, flush: bool) -> None:
     """Compiles in this process and prints what it took."""
     settings = config.validate(json.loads((root / "mixture.json").read_text()), root / "mixture.yaml")
-    start = time.perf_counter()
     with contextlib.nullcontext() if flush else mock.patch("os.fsync"):
-        compiler.compile_epoch(settings, 1, workers)
-    seconds = time.perf_counter() - start
-    # Not getrusage: a child's ru_maxrss begins at what its parent held when it was forked.
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    print(json.dumps({"seconds": seconds, "peak_mib": int(status["VmHWM"].split()[0]) / 1024}))
+        print(json.dumps(shared.compiled(settings, workers)))
 
 
 def mdswriter_seconds(folder: Path, samples: list[Any], columns: Mapping[str, str], *, flush: bool) -> float:

@@ -21,9 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from shared import end, run
+from shared import compiled, end, run
 
-from vtmix import compile as compiler
 from vtmix import config, mds, pool
 from vtmix.artifacts import EvalSplit, PoolManifest, PoolPart, Weights, run_folder
 from vtmix.settings import MixtureConfig
@@ -133,11 +132,7 @@ def limited(command: list[str], within: Path | None) -> str:
 def child(folder: Path, workers: int) -> None:
     """Compiles in this process and prints what it took."""
     settings = config.validate(json.loads((folder / "mixture.json").read_text()), folder / "mixture.yaml")
-    start = time.perf_counter()
-    compiler.compile_epoch(settings, 1, workers)
-    seconds = time.perf_counter() - start
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    print(json.dumps({"seconds": seconds, "peak_mib": int(status["VmHWM"].split()[0]) / 1024}))
+    print(json.dumps(compiled(settings, workers)))
 
 
 def main() -> int:

@@ -157,3 +157,11 @@ def test_a_chart_of_no_known_format_is_refused_before_anything_is_read(tmp_path)
     done = CliRunner().invoke(app, ["replay", str(tmp_path), "--chart", "weights.xls"])
     assert isinstance(done.exception, ConfigError)
     assert "a chart's name ends in .svg, .png, .pdf" in str(done.exception)
+
+
+def test_a_run_whose_pools_stand_elsewhere_is_replayed_by_their_sizes(tmp_path):
+    weights = {"algorithm": "natural"}
+    config = with_potentials(without_weights(run_of(tmp_path, weights=weights, pool={"folder": "pools"})))
+    loop.begin(config, losses())
+    run = run_folder(config)
+    assert of_one(replay.read(run.path), "natural")[0] == Weights.read(run.weights(1), "").weights

@@ -245,6 +245,10 @@ class DomainLoss(Model):
         """Nats per response byte."""
         return self.nats / self.bytes if self.bytes else math.nan
 
+    def per(self, unit: LossUnit) -> float:
+        """The loss in a unit."""
+        return self.per_byte if unit == "nats_per_byte" else self.per_token
+
 
 class Losses(Artefact):
     """Eval losses per domain after an epoch; epoch 0 is the base model (losses/epoch-000N.json)."""
@@ -271,14 +275,6 @@ class Reference(Artefact):
         LossUnit | None, Field(description="of losses that mixture.yaml gave as numbers; null: measured")
     ] = None
     domains: dict[DomainName, ReferenceLoss]
-
-    def text_of(self, domain: str) -> str:
-        """A domain's loss in words."""
-        loss = self.domains[domain]
-        if self.unit is not None:
-            value = loss.per_byte if self.unit == "nats_per_byte" else loss.per_token
-            return f"{value:.4f} {self.unit.replace('_', ' ')}, as mixture.yaml gives it"
-        return f"{loss.per_token:.4f} nats per token, lowest after epoch {loss.epoch}"
 
 
 class WeightTerms(Model):

@@ -1,6 +1,7 @@
 """Charts as files: SVG, PNG or PDF by the name's ending. Equal data gives equal files."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,6 @@ def lines(path: Path, panels: Mapping[str, Series], *, x: str, y: str, start: in
 
 def radar(path: Path, series: Mapping[str, Mapping[str, float]], *, title: str) -> None:
     """One closed line per name over the spokes that all have in common, as in Fig. 5 of the paper."""
-    import math
-
     from matplotlib.figure import Figure
 
     spokes = list(next(iter(series.values())))

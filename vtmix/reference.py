@@ -39,15 +39,18 @@ def build(config: MixtureConfig, *, backend: Backend = "local") -> Reference:
         pools, tokenizer = _pools(config, run)
         manifests = _manifests(config, pools)
         losses = _measure(config, run.reference.parent, pools, tokenizer, backend)
-        reference = Reference(inputs=_inputs(config, manifests, tokenizer), tokenizer=tokenizer, domains=losses)
+        inputs = _inputs(config, manifests, _eval_sizes(config, run), tokenizer)
+        reference = Reference(inputs=inputs, tokenizer=tokenizer, domains=losses)
         reference.publish(run.reference)
     return reference
 
 
 def summary(reference: Reference) -> Iterator[str]:
     """Every domain's loss, and what they cost."""
-    for domain in reference.domains:
-        yield f"{domain}: {reference.text_of(domain)}"
+    unit = reference.unit or "nats_per_token"
+    for domain, loss in reference.domains.items():
+        origin = "as mixture.yaml gives it" if reference.unit else f"lowest after epoch {loss.epoch}"
+        yield f"{domain}: {loss.per(unit):.4f} {unit.replace('_', ' ')}, {origin}"
     cost = sum(loss.trained_tokens for loss in reference.domains.values())
     if cost:
         yield f"cost: {cost:,} tokens trained on, over all epochs of {len(reference.domains)} domains"
@@ -57,12 +60,16 @@ def _measure(
     config: MixtureConfig, folder: Path, pools: Path, tokenizer: str, backend: Backend
 ) -> dict[str, ReferenceLoss]:
     """The committed loss of every domain; those that are missing are measured."""
-    manifests = _manifests(config, pools)
-    inputs = {name: _inputs(config, {name: manifest}, tokenizer) for name, manifest in manifests.items()}
+    manifests, sizes = _manifests(config, pools), _eval_sizes(config, run_folder(config))
+    inputs = {name: _inputs(config, {name: manifest}, sizes, tokenizer) for name, manifest in manifests.items()}
     paths = {name: folder / "domains" / f"{name}.json" for name in manifests}
     committed = {name: Reference.committed(paths[name], inputs[name]) for name in manifests}
     losses = {name: found.domains[name] for name, found in committed.items() if found is not None}
-    jobs = [_job(config, pools, manifests[name], fingerprint(inputs[name])) for name in manifests if name not in losses]
+    jobs = [
+        _job(config, pools, manifest, sizes[name], fingerprint(inputs[name]))
+        for name, manifest in manifests.items()
+        if name not in losses
+    ]
     for job, loss in _trained(jobs, backend):
         found = Reference(inputs=inputs[job.domain], tokenizer=tokenizer, domains={job.domain: loss})
         found.publish(paths[job.domain])
@@ -74,7 +81,7 @@ def _measure(
     return {name: losses[name] for name in config.domains}
 
 
-def _job(config: MixtureConfig, pools: Path, manifest: PoolManifest, inputs: str) -> Job:
+def _job(config: MixtureConfig, pools: Path, manifest: PoolManifest, eval_samples: int, inputs: str) -> Job:
     domain, run = manifest.domain, run_folder(config)
     if not manifest.samples:
         raise MixtureError(f"domain '{domain}' has an empty pool, so no reference model can be trained: add samples")
@@ -87,7 +94,7 @@ def _job(config: MixtureConfig, pools: Path, manifest: PoolManifest, inputs: str
         revision=model.revision,
         settings=config.reference,
         samples=config.reference.samples or manifest.samples,
-        eval_samples=min(_eval_sizes(config, run)[domain], manifest.eval.samples),
+        eval_samples=min(eval_samples, manifest.eval.samples),
         eval_batch_size=config.training.eval_batch_size,
         seed=config.seed % 2**63,
         checkpoints=run.reference.parent / "checkpoints" / domain,
@@ -193,19 +200,20 @@ def _committed(config: MixtureConfig, run: RunFolder) -> Reference | None:
     if found.inputs is None:
         return found
     pools = run.pools if found.tokenizer == _tokenizer_of(config, run.pools) else run.reference.parent / "pool"
-    return Reference.committed(run.reference, _inputs(config, _manifests(config, pools), found.tokenizer))
+    inputs = _inputs(config, _manifests(config, pools), _eval_sizes(config, run), found.tokenizer)
+    return Reference.committed(run.reference, inputs)
 
 
-def _inputs(config: MixtureConfig, manifests: dict[str, PoolManifest], tokenizer: str) -> Inputs:
-    """What reference losses are made from."""
+def _inputs(
+    config: MixtureConfig, manifests: dict[str, PoolManifest], eval_samples: dict[str, int], tokenizer: str
+) -> Inputs:
+    """What the reference losses of these domains are made from."""
     settings = {"epochs", "samples", "batch_size", "lr", "precision"}
     return {
         "model": (config.reference.model or config.model).model_dump(mode="json"),
         "tokenizer": tokenizer,
         "settings": config.reference.model_dump(mode="json", include=settings),
         "seed": config.seed,
-        "eval_samples": {
-            name: count for name, count in _eval_sizes(config, run_folder(config)).items() if name in manifests
-        },
+        "eval_samples": {name: eval_samples[name] for name in manifests},
         "pools": {name: manifest.fingerprint() for name, manifest in manifests.items()},
     }

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from vtmix import config as configuration
 from vtmix.algorithms import Situation, Trained, named
-from vtmix.artifacts import DetectionReport, Losses, PoolManifest, Reference, RunFolder, Weights, run_folder
+from vtmix.artifacts import DetectionReport, Losses, Plan, Reference, RunFolder, Weights
 from vtmix.errors import ConfigError, MissingError, RecordError, listing
 from vtmix.settings import DomainName, Model, WeightsSettings
 from vtmix.signals import Signal, make_signals, unit_of
@@ -153,22 +153,26 @@ def as_csv(found: Sequence[Replay]) -> str:
 def _weights(recording: Recording, settings: WeightsSettings) -> list[Weights]:
     """The weights for epoch 1, and after every recorded epoch for the next."""
     rule = named(settings.algorithm)
-    signals = recording.signals if settings.update_before_first_epoch else _without_base(recording.signals)
-    lacking = [str(epoch) for epoch, found in signals.items() for signal in found.values() if signal.reference is None]
-    if rule.refers and lacking:
+    # The base model's losses (epoch 0) move weights only where an update comes before the first epoch.
+    signals = {
+        epoch: found for epoch, found in recording.signals.items() if epoch or settings.update_before_first_epoch
+    }
+    if rule.refers and any(signal.reference is None for found in signals.values() for signal in found.values()):
         raise MissingError(
             f"algorithm '{rule.name}' compares losses with reference losses, and the recording has none of every "
             f'domain: add a line {{"reference": {{…}}}}, or run `vtmix reference`'
         )
-    situation = Situation(1, recording.domains, settings, recording.knowledge, recording.sizes)
-    first = make_weights(situation, {})
-    found, history = ([] if 0 in signals else [first]), []
+
+    def weigh(epoch: int, history: Sequence[Trained]) -> Weights:
+        known = recording.knowledge, recording.sizes
+        return make_weights(Situation(epoch, recording.domains, settings, *known, tuple(history)), {})
+
+    last, history = weigh(1, ()), []
+    found = [] if 0 in signals else [last]
     for epoch, seen in signals.items():
-        history.append(Trained((found[-1] if found else first).weights, seen))
-        situation = Situation(
-            epoch + 1, recording.domains, settings, recording.knowledge, recording.sizes, tuple(history)
-        )
-        found.append(make_weights(situation, {}))
+        history.append(Trained(last.weights, seen))
+        last = weigh(epoch + 1, history)
+        found.append(last)
     return found
 
 
@@ -179,20 +183,16 @@ def _settings(recording: Recording, algorithm: str, choice: Mapping[str, Any]) -
     return configuration.validate(raw, Path("replay")).weights
 
 
-def _without_base(signals: Mapping[int, Mapping[str, Signal]]) -> dict[int, Mapping[str, Signal]]:
-    return {epoch: found for epoch, found in signals.items() if epoch}
-
-
 def _of_run(path: Path) -> Recording:
     if not (path / "mixture.yaml").exists():
         raise MissingError(f"{path} is no run folder that has begun: it holds no mixture.yaml")
-    settings = configuration.load(path / "mixture.yaml", path)
-    run = RunFolder(path, run_folder(settings).pools)
+    settings, run = configuration.load(path / "mixture.yaml", path), RunFolder(path)
     epochs = [epoch for epoch in range(settings.epochs + 1) if run.losses(epoch).exists()]
     losses = {epoch: Losses.read(run.losses(epoch), "") for epoch in epochs}
     reference = Reference.read(run.reference, "") if run.reference.exists() else None
     detection = DetectionReport.read(run.detection, "") if run.detection.exists() else None
-    pools = [run.pool(name) / "pool.json" for name in settings.domains]
+    # Not from the pools, which may stand elsewhere: the plan says how large they were.
+    plan = Plan.read(run.plan(1), "") if run.plan(1).exists() else None
     return Recording(
         domains=tuple(settings.domains),
         signals={
@@ -200,9 +200,7 @@ def _of_run(path: Path) -> Recording:
             for epoch, found in losses.items()
         },
         knowledge=detection.distribution if detection else None,
-        sizes={found.domain: found.samples for found in (PoolManifest.read(pool, "") for pool in pools)}
-        if all(pool.exists() for pool in pools)
-        else None,
+        sizes={name: domain.pool_samples for name, domain in plan.domains.items()} if plan else None,
         settings=settings.weights,
     )
 

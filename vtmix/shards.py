@@ -191,7 +191,7 @@ class ShardWriter:
         raw_bytes = self._raw_bytes(lengths)
         digest, size = hashlib.sha256(), 0
         with staging.write(name, raw_bytes) as file:
-            for data in self._stored(itertools.chain([self.layout.header(lengths)], runs), raw_bytes):
+            for data in self._stored(lengths, runs):
                 digest.update(data)
                 size += file.write(data)
         return ShardReport(
@@ -210,19 +210,23 @@ class ShardWriter:
 
     def content(self, task: ShardTask) -> Iterator[Data]:
         """The bytes of a shard before compression, in runs of about GATHER_BYTES, or of a sequence."""
-        lengths, runs = self._samples(task, self._windows(task))
-        return itertools.chain([self.layout.header(lengths)], runs)
+        return self._content(*self._samples(task, self._windows(task)))
 
     def stored(self, task: ShardTask) -> Iterator[Data]:
         """The bytes of a shard's file."""
-        lengths, runs = self._samples(task, self._windows(task))
-        return self._stored(itertools.chain([self.layout.header(lengths)], runs), self._raw_bytes(lengths))
+        return self._stored(*self._samples(task, self._windows(task)))
+
+    def _content(self, lengths: mds.Integers, runs: Iterator[Data]) -> Iterator[Data]:
+        return itertools.chain([self.layout.header(lengths)], runs)
+
+    def _stored(self, lengths: mds.Integers, runs: Iterator[Data]) -> Iterator[Data]:
+        content = self._content(lengths, runs)
+        if self.layout.compression is None:
+            return content
+        return iter([self.layout.compress(_joined(content, self._raw_bytes(lengths)))])
 
     def _raw_bytes(self, lengths: mds.Integers) -> int:
         return self.layout.header_bytes(len(lengths)) + int(lengths.sum())
-
-    def _stored(self, content: Iterator[Data], raw_bytes: int) -> Iterator[Data]:
-        return content if self.layout.compression is None else iter([self.layout.compress(_joined(content, raw_bytes))])
 
     def _samples(self, task: ShardTask, windows: Sequence[_Window]) -> tuple[mds.Integers, Iterator[Data]]:
         """What follows a shard's header: the lengths in bytes of its samples, or sequences, and their bytes in runs."""

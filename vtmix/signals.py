@@ -86,9 +86,7 @@ def make_signals(
 
     def read(found: Mapping[str, DomainLoss] | None, name: str) -> float | None:
         loss = found.get(name) if found else None
-        if loss is None:
-            return None
-        return loss.per_byte if unit == "nats_per_byte" else loss.per_token
+        return None if loss is None else loss.per(unit)
 
     missing = [name for name in losses.domains if reference and name not in reference.domains]
     if missing:
@@ -97,7 +95,7 @@ def make_signals(
         )
     return {
         name: Signal(
-            loss=loss.per_byte if unit == "nats_per_byte" else loss.per_token,
+            loss=loss.per(unit),
             reference=read(reference.domains if reference else None, name),
             previous=read(before.domains if before else None, name),
         )

@@ -16,11 +16,12 @@ from streaming import StreamingDataset
 from torch.utils.data import DataLoader
 
 from vtmix import batches, commit, progress
-from vtmix.artifacts import DomainLoss, PoolManifest, run_folder
+from vtmix.artifacts import DomainLoss, run_folder
+from vtmix.compile import open_pools
 from vtmix.encode import load_tokenizer
 from vtmix.errors import ConfigError
 from vtmix.loop import Mixture
-from vtmix.pool import POOL, eval_sizes
+from vtmix.pool import eval_sizes
 from vtmix.settings import MixtureConfig
 from with_composer.callbacks import LearningRate, Progress, Saver, StepLog
 from with_composer.model import LOSS, ResponseModel
@@ -41,6 +42,7 @@ class Session:
             batches.require_apart(model)
         self._model = ResponseModel(model, self._tokenizer)
         settings = config.training
+        sizes = eval_sizes(config, {name: pool.manifest for name, pool in open_pools(config).items()})
         self._saver = Saver(self._run.checkpoints, settings.checkpoint_steps, settings.keep_checkpoints)
         self._progress = Progress()
         own = [
@@ -52,7 +54,7 @@ class Session:
         self._trainer = Trainer(
             model=self._model,
             optimizers=adamw(config, self._model),
-            eval_dataloader=[self._evaluator(domain, count) for domain, count in self._eval_sizes().items()],
+            eval_dataloader=[self._evaluator(domain, count) for domain, count in sizes.items()],
             eval_interval=0,
             algorithms=clipping(settings.max_grad_norm),
             callbacks=[*own, *callbacks],
@@ -108,12 +110,6 @@ class Session:
                 os.fchmod(file.fileno(), 0o644)
                 os.fsync(file.fileno())
         commit.publish_folder(staging, final)
-
-    def _eval_sizes(self) -> dict[str, int]:
-        pools = {
-            name: PoolManifest.read(self._run.pool(name) / POOL, "run `vtmix pool`") for name in self._config.domains
-        }
-        return eval_sizes(self._config, pools)
 
     def _evaluator(self, domain: str, count: int) -> Evaluator:
         # Composer drops the samples that fill up the last ranks by splitting the last row off: rows must stay in order.
