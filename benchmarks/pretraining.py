@@ -110,11 +110,12 @@ def pretrained(
     batch: int = 16,
     tokens: int = 128,
     lr: float = 2e-3,
+    width: int = 256,
     seed: int = 1,
 ) -> Path:
     """A Llama of a few million parameters, trained from scratch, as a Hugging Face folder; one that is there is kept.
 
-    The learning rate ends at 0.
+    It has 4 layers and a head for every 64 of its width. The learning rate ends at 0.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -126,10 +127,10 @@ def pretrained(
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=256,
-            intermediate_size=704,
+            hidden_size=width,
+            intermediate_size=width * 11 // 4,
             num_hidden_layers=4,
-            num_attention_heads=4,
+            num_attention_heads=width // 64,
             max_position_embeddings=tokens + 1,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -141,11 +142,11 @@ def pretrained(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=steps, pct_start=0.05, final_div_factor=1e6
     )
-    with progress.bar("train", steps, "steps") as advance:
+    with progress.bar(f"train {folder.name}", steps, "steps") as advance:
         for found in rows(texts, truth, tokenizer, steps=steps, batch=batch, tokens=tokens, seed=seed):
-            width = max(map(len, found))
-            ids = torch.full((batch, width), tokenizer.pad_token_id)
-            labels = torch.full((batch, width), -100)
+            longest = max(map(len, found))
+            ids = torch.full((batch, longest), tokenizer.pad_token_id)
+            labels = torch.full((batch, longest), -100)
             for line, row in enumerate(found):
                 ids[line, : len(row)] = labels[line, : len(row)] = torch.tensor(row)
             # Rows are padded at their ends, where no token of theirs looks.

@@ -8,17 +8,24 @@ total variation distances between the mixture and the detection, as classified a
 intervals of every domain's share, and how many of these intervals hold the truth. What a model that was trained for
 minutes writes is only like its training text, so part of the distance is the model's, and part the sampling's.
 
+Rows and samples are short, since that is what such a model can learn: how documents begin. Of longer samples it loses
+the thread, and what is left of the domain is too little to tell the domains apart by; the standard errors say so.
+
 A document is drawn from the mixture as a whole, so a sample of a model that has learned how documents begin is a sample
 of the domains' openings in the mixture's proportions, continued by the model. That is why the control group's openings
 are short here: such a model knows the first few tokens of a document far better than what follows them.
 
+The models are trained side by side, each on one core, which small ones make better use of than of several.
 Samples are drawn with vLLM where `make vllm-env` has been run, else with transformers, which takes longer.
 The corpus is a folder of <domain>/train.jsonl with prompts and responses, or the quickstart's.
 """
 
 import argparse
+import multiprocessing
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +35,38 @@ from shared import CORPUS, end, run
 from vtmix import config
 from vtmix.artifacts import DetectionReport
 from vtmix.detect import detect
+from vtmix.distribute import cores
 from vtmix.pooling import build
+
+
+def trained(
+    folder: Path, truths: Sequence[dict[str, float]], files: dict[str, Path], options: argparse.Namespace
+) -> list[Path]:
+    """A model of every mixture."""
+    workers = min(len(truths), cores())
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        started = [
+            pool.submit(_train, folder / f"model-{number}", truth, files, options)
+            for number, truth in enumerate(truths, start=1)
+        ]
+        return [model.result() for model in started]
+
+
+def _train(folder: Path, truth: dict[str, float], files: dict[str, Path], options: argparse.Namespace) -> Path:
+    import torch
+
+    torch.set_num_threads(1)
+    return pretrained(
+        folder,
+        {domain: documents(path) for domain, path in files.items()},
+        truth,
+        steps=options.steps,
+        batch=options.batch,
+        tokens=options.tokens,
+        lr=options.lr,
+        width=options.width,
+        seed=options.seed,
+    )
 
 
 def detected(folder: Path, model: Path, files: dict[str, Path], options: Any) -> DetectionReport:
@@ -89,13 +127,14 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one mixture, a few steps: does it run?")
     parser.add_argument("--data", type=Path, default=CORPUS, help="folder of <domain>/train.jsonl")
     parser.add_argument("--folder", type=Path, help="where models and detections are kept (default: nowhere)")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2700)
     parser.add_argument("--samples", type=int, default=12_288, help="per mixture")
     parser.add_argument("--control", type=int, default=1536, help="samples per domain that measure the classifier")
     parser.add_argument("--opening", type=int, default=3, help="tokens of a text that each of those continues")
-    parser.add_argument("--tokens", type=int, default=128, help="of a training row and of a sample")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--tokens", type=int, default=48, help="of a training row and of a sample")
+    parser.add_argument("--width", type=int, default=192, help="of the models: a multiple of 64")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     truths: tuple[dict[str, float], ...] = TRUTHS
@@ -106,24 +145,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         files = sources(options.data)
-        texts = {domain: documents(path) for domain, path in files.items()}
-        for number, truth in enumerate(truths, start=1):
+        start = time.perf_counter()
+        models = trained(folder, truths, files, options)
+        print(f"{len(models)} models trained in {time.perf_counter() - start:.0f} s")
+        for number, (truth, model) in enumerate(zip(truths, models, strict=True), start=1):
             print(f"mixture {number} of {len(truths)}")
             start = time.perf_counter()
-            model = pretrained(
-                folder / f"model-{number}",
-                texts,
-                truth,
-                steps=options.steps,
-                batch=options.batch,
-                tokens=options.tokens,
-                lr=options.lr,
-                seed=options.seed,
-            )
-            trained = time.perf_counter()
             found = measured(truth, detected(folder / f"run-{number}", model, files, options))
-            seconds = {"train_s": trained - start, "detect_s": time.perf_counter() - trained}
-            figures.append(found | seconds)
+            figures.append(found | {"detect_s": time.perf_counter() - start})
             print("  " + ", ".join(f"{name} {value:.4g}" for name, value in figures[-1].items()))
     return end({name: [found[name] for found in figures] for name in figures[0]}, as_json=options.json)
 

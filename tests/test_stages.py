@@ -76,6 +76,15 @@ def test_stopped_early_the_actors_end(ray_cluster):
     wait_until(idle, seconds=60, pause=0.2)
 
 
+def test_a_pipeline_on_a_cluster_of_ours_collects_nothing_about_its_use(ray_cluster):
+    import ray.util
+
+    list(stages.draw(PARTS, BLOCKS, stage(SlowSampler), stage(SlowClassifier)))
+    helpers = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+    assert "AutoscalingCoordinator" in helpers  # Ray Data's helpers are found by their names
+    assert "DataUsageCollectionActor" not in helpers
+
+
 def test_labelled_texts_come_back_in_their_places(ray_cluster):
     texts = {"law": ["a"] * 70, "code": ["b"] * 3}
     found = {(domain, start): rows.shape for domain, start, rows in stages.judge(texts, stage(SlowClassifier))}

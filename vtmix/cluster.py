@@ -117,10 +117,12 @@ def _joined(address: str) -> Iterator[None]:
 def _started(cpus: float) -> Iterator[None]:
     import ray
 
-    with _private_folder() as (files, token), _environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token)):
+    # Ray Data asks whether it may report when a pipeline starts, and collects in a process of its own if so.
+    for_its_life = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    with _private_folder() as (files, token), _environment(RAY_AUTH_TOKEN_PATH=str(token), **for_its_life):
         try:
             # Ray's workers would give way to every other process (niceness 15), though they do the work waited for.
-            with _quiet(), _environment(RAY_AUTH_TOKEN=None, RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0"):
+            with _quiet(), _environment(RAY_AUTH_TOKEN=None, RAY_worker_niceness="0"):
                 # Ray reads its environment when it is imported, which may have been before it was set.
                 ray._raylet.Config.initialize("")
                 ray.init(
