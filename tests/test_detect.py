@@ -250,6 +250,40 @@ def test_a_detection_stops_at_the_margin_and_leaves_what_comes_after_it(golden, 
     assert parts_in(world.detected("early")) == BLOCKS
 
 
+def test_nothing_is_drawn_after_the_margin_is_met(world, ray_cluster, monkeypatch):
+    monkeypatch.setattr(estimate, "FEWEST", 16)
+    report = detect.detect(world.config("early-drawn", stop_at_margin=0.08, control=4))
+    drawn = rows_of(world.detected("early-drawn")).filter(pl.col("iteration") > 0)
+    assert 16 <= report.samples <= len(drawn) < 408
+    assert report.control.heldout_texts == 4 * len(WORDS)
+
+
+def test_what_is_missing_is_found_before_a_judge_is_asked(world):
+    nobody = {"kind": "endpoint", "url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0}
+    config = world.config("unasked", engine={"kind": "vllm", "python": "absent/bin/python"}, classifier=nobody)
+    with pytest.raises(ConfigError, match="no interpreter at"):
+        detect.detect(config)
+    with pytest.raises(DetectionError, match="has no text of 60 tokens that the control group could continue"):
+        detect.detect(world.config("unasked", max_tokens=61, control=4, opening=60, classifier=nobody))
+
+
+def test_a_domain_without_texts_to_measure_a_judge_with_is_named(world, monkeypatch):
+    monkeypatch.setattr(pool, "texts", lambda folder: [] if folder.name == "law" else ["a text"])
+    with pytest.raises(DetectionError, match="'law': no text to measure the judge with"):
+        detect.detect(
+            world.config("no-texts", classifier={"kind": "endpoint", "url": "http://127.0.0.1:9", "model": "m"})
+        )
+
+
+def test_arguments_that_may_change_what_an_engine_says_are_inputs(world):
+    def inputs(**arguments):
+        config = world.config("shaped", engine={"kind": "vllm", "python": "p", "arguments": arguments})
+        return detect._inputs(run_folder(config), config)["engine"]
+
+    assert inputs(gpu_memory_utilization=0.5, max_num_seqs=4) == inputs()
+    assert inputs(quantization="fp8", max_num_seqs=4) == inputs() | {"arguments": {"quantization": "fp8"}}
+
+
 def test_the_control_group_measures_the_classifier_on_the_models_own_writing(world, tiny_model):
     config = world.config("control", samples=16, iterations=1, control=12, correct=True)
     draw_here(config, order=lambda blocks: blocks[::-1])

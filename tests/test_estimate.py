@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vtmix import estimate
 from vtmix.errors import DetectionError
-from vtmix.samples import Block, blocks_of, probability_columns
+from vtmix.samples import Block, blocks_of, control_blocks, probability_columns
 
 
 def frame(iterations: list[list[tuple[float, ...]]], domains: tuple[str, ...] = ("a", "b")) -> pl.DataFrame:
@@ -115,6 +115,42 @@ def test_where_it_stops_does_not_depend_on_the_order_in_which_blocks_come(random
         stop.take(block, found)
     # Variance 1/4: n = (1.96 / 2 margin)², in rounds of 200.
     assert stop.rounds == max(math.ceil((0.98 / margin) ** 2 / 200), estimate.FEWEST // 200)
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["labelled texts", "control group"])
+@given(random=st.randoms())
+@settings(max_examples=3)
+def test_where_shares_are_corrected_the_corrected_ones_have_to_be_known(grouped, random):
+    rounds, samples = rounds_of(40, 100)
+    rng = np.random.default_rng(1)
+    for block, rows in samples.items():
+        samples[block] = rows.sample(fraction=1.0, with_replacement=True, seed=int(rng.integers(1 << 30)))
+    judged = [[(0.7, 0.3, 0.0), (0.7, 0.3, 0.0)] * 1000, [(0.3, 0.7, 0.0), (0.3, 0.7, 0.0)] * 1000]
+    control = control_blocks(2, 2000, 1000)
+    if grouped:
+        rows = frame(judged)
+        samples |= {block: rows[block.start : block.stop] for block in control}
+        stop = estimate.EarlyStop(rounds, ["a", "b"], 0.05, control=control)
+    else:
+        known = {domain: np.array(rows) for domain, rows in zip("ab", judged, strict=True)}
+        stop = estimate.EarlyStop(rounds, ["a", "b"], 0.05, judged=known)
+    shuffled = list(samples.items())
+    random.shuffle(shuffled)
+    for block, found in shuffled:
+        stop.take(block, found)
+    # A classifier that tells 0.7 from 0.3 widens intervals 1 / 0.4 times: (0.98 / (0.4 x 0.05))² samples.
+    wanted = (0.98 / 0.4 / 0.05) ** 2
+    assert 0.8 * wanted <= 200 * stop.rounds <= 1.3 * wanted
+    taken = pl.concat([samples[block] for found in rounds[: stop.rounds] for block in found])
+    known = {domain: np.array(rows) for domain, rows in zip("ab", judged, strict=True)}
+    assert all(share.high - share.low <= 0.1 for share in estimate.corrected(taken, known).values())
+
+
+def test_an_iteration_in_which_nothing_is_classified_leaves_the_others_estimate():
+    rows = frame([[(0.5, 0.25, 0.25)] * 4, [(0.0, 0.0, 1.0)] * 4])
+    judged = {"a": np.array([[1.0, 0.0, 0.0]] * 4), "b": np.array([[0.0, 1.0, 0.0]] * 4)}
+    found = estimate.corrected(rows, judged)
+    assert found["a"].mean == pytest.approx(2 / 3)
 
 
 def test_without_a_margin_nothing_stops():

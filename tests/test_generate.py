@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from vtmix.config import load
 from vtmix.encode import load_tokenizer
-from vtmix.errors import ConfigError
-from vtmix.generate import TransformersGenerator, sample_of, sampling, start_of, uniforms
+from vtmix.errors import ConfigError, DetectionError
+from vtmix.generate import TransformersGenerator, _draw, sample_of, sampling, start_of, uniforms
 from vtmix.samples import Sample, sample_seed
 
 
@@ -94,6 +95,15 @@ def test_first_tokens_follow_the_models_softmax(settings, tiny_model):
     # 509 degrees of freedom: mean 509, standard deviation 32.
     assert chi_square < 509 + 5 * 32
     assert abs(count - sum(found) - expected[stops].sum()) < 5 * np.sqrt(expected[stops].sum())
+
+
+def test_a_model_that_gives_no_probabilities_is_no_generator():
+    drawn = _draw(torch.tensor([[0.5], [0.5]], dtype=torch.float64))
+    ids, logits = torch.zeros((2, 1), dtype=torch.int64), torch.zeros((2, 4))
+    assert drawn(ids, logits).isfinite().sum() == 2
+    logits[1, 2] = torch.nan
+    with pytest.raises(DetectionError, match="not a number"):
+        drawn(ids, logits)
 
 
 def test_the_models_generation_defaults_do_not_act(project, settings, tiny_model, tmp_path):

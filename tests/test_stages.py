@@ -6,9 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from test_detect import wait_until
 
 from vtmix import stages
+from vtmix.classify import sound
 from vtmix.errors import ConfigError, DetectionError
 from vtmix.samples import Parts, Sample, blocks_of
 from vtmix.settings import Resources
@@ -47,7 +51,36 @@ def _classes_travel_with_the_job():
 
 
 def stage(make, cpus=0.5):
-    return Stage(make, Resources(actors=1, cpus=cpus), 0)
+    return Stage(make, Resources(actors=1, cpus=cpus))
+
+
+@pytest.mark.parametrize(
+    ("device", "own", "there", "reserved"),
+    [
+        ("auto", 0, 0, 0),
+        ("auto", 0, 8, 2),
+        ("auto", 0.5, 8, 0.5),
+        ("cuda:0", 0, 0, 2),  # which is refused by name, instead of computing on CPUs
+        ("cpu", 0, 8, 0),
+        (None, 0, 8, 0),
+        (None, 1, 8, 1),
+    ],
+)
+def test_a_model_takes_gpus_where_it_may_and_there_are_any(monkeypatch, device, own, there, reserved):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "GPU": float(there)})
+    found = Stage(SlowSampler, Resources(actors=3, gpus=own), device, spread=2)
+    assert (found.gpus, found.all_gpus) == (reserved, 3 * reserved)
+
+
+@given(arrays(np.float64, st.tuples(st.integers(1, 5), st.just(3)), elements=st.floats()))
+def test_rows_that_are_no_probabilities_are_unclassified(judged):
+    rows = sound(judged)
+    for before, after in zip(judged, rows, strict=True):
+        kept = np.array_equal(before, after)
+        assert kept or after.tolist() == [0, 0, 1]
+        assert (after >= 0).all()
+        assert after.sum() == pytest.approx(1)
+    assert np.array_equal(sound(rows), rows)
 
 
 def test_both_stages_are_busy_at_the_same_time(ray_cluster):

@@ -8,9 +8,8 @@ only and ends with the same bytes. The estimate is computed from the parts.
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -38,7 +37,7 @@ from vtmix.environments import require_vllm
 from vtmix.errors import DetectionError
 from vtmix.estimate import EarlyStop
 from vtmix.judge import EndpointJudge, VllmJudge
-from vtmix.samples import CONTROL, Block, Parts, blocks_of, control_blocks, probability_columns
+from vtmix.samples import CONTROL, Block, Parts, blocks_of, control_blocks
 from vtmix.settings import Endpoint, MixtureConfig, Probe, PublishedName, Vllm
 from vtmix.stages import Stage
 
@@ -134,8 +133,12 @@ def _inputs(run: RunFolder, config: MixtureConfig) -> Inputs:
             ),
             **generate.DECODING,
         },
-        "engine": settings.engine.model_dump(mode="json", exclude=STEERING),
-        "classifier": {**classifier.model_dump(mode="json", exclude=STEERING), **fixed},
+        "engine": settings.engine.model_dump(mode="json", exclude=STEERING) | engine.shaping(settings.engine),
+        "classifier": {
+            **classifier.model_dump(mode="json", exclude=STEERING),
+            **engine.shaping(classifier),
+            **fixed,
+        },
         "correct": settings.correct,
     }
 
@@ -161,6 +164,7 @@ def _classifier(
         )
     else:
         judged = _judged(texts, settings.heldout, config, connect)
+        _refuse_silent_judge(judged, config)
         made = MeasuredClassifier(
             inputs=made_from, domains=tuple(judged), report=classify.measure(settings.kind, judged)
         )
@@ -173,6 +177,10 @@ def _judged(texts: dict[str, list[str]], heldout: int, config: MixtureConfig, co
     """A judge's probabilities for the first `heldout` labelled texts of every domain."""
     labelled = {domain: found[:heldout] for domain, found in classify.cut(texts, config.detection.max_tokens).items()}
     judged = {domain: np.zeros((len(found), len(labelled) + 1)) for domain, found in labelled.items()}
+    _refuse_empty([domain for domain, found in labelled.items() if not found])
+    # A judge may cost money: what else would stop this detection is found before it is asked.
+    _engine(config)
+    _openings(config, _control_blocks(config))
     classifying = _classifying(config, None)
     connect()
     with progress.bar("measure the judge", sum(map(len, labelled.values())), "texts") as advance:
@@ -180,6 +188,26 @@ def _judged(texts: dict[str, list[str]], heldout: int, config: MixtureConfig, co
             judged[domain][start : start + len(rows)] = rows
             advance(len(rows))
     return judged
+
+
+def _refuse_empty(domains: Sequence[str]) -> None:
+    if domains:
+        raise DetectionError(
+            f"{', '.join(map(repr, domains))}: no text to measure the judge with, expected some of every domain: add "
+            "samples, or raise pool.texts and rebuild the pool"
+        )
+
+
+def _refuse_silent_judge(judged: Judged, config: MixtureConfig) -> None:
+    """Of the domains' own texts, a judge has to know more than may be left unclassified of any."""
+    share = float(np.mean([rows[:, -1].mean() for rows in judged.values()]))
+    most = config.detection.max_unclassified
+    if share > most:
+        raise DetectionError(
+            f"the judge leaves {share:.1%} of the domains' own texts unclassified, detection.max_unclassified allows "
+            f"{most:.1%}: no sample was drawn. Its answer has to begin with a marker: see to prompt, options and "
+            "markers of detection.classifier, or take another model (one that answers without thinking first)"
+        )
 
 
 def _parts(run: RunFolder, config: MixtureConfig, inputs: Inputs, classifier: MeasuredClassifier) -> Parts:
@@ -193,8 +221,12 @@ def _parts(run: RunFolder, config: MixtureConfig, inputs: Inputs, classifier: Me
         blocks=blocks_of(settings.iterations, settings.samples, settings.block),
         seed=config.seed,
         made_from={"inputs": made_from, "classifier": classifier.fingerprint()},
-        control=control_blocks(len(config.domains), settings.control, settings.block),
+        control=_control_blocks(config),
     )
+
+
+def _control_blocks(config: MixtureConfig) -> tuple[Block, ...]:
+    return control_blocks(len(config.domains), config.detection.control, config.detection.block)
 
 
 def _draw(
@@ -206,11 +238,11 @@ def _draw(
 ) -> pl.DataFrame:
     """Every sample of the detection but its control group: those that are committed, and those that were missing."""
     missing = parts.missing()
-    stop = EarlyStop(parts.rounds, parts.domains, config.detection.stop_at_margin)
+    stop = _early_stop(parts, config)
     absent = set(missing)
     may_stop = config.detection.stop_at_margin is not None
     if may_stop:
-        present = [block for block in parts.blocks if block not in absent]
+        present = [block for block in (*parts.control, *parts.blocks) if block not in absent]
         for block, frame in zip(present, parts.read(present), strict=True):
             stop.take(block, frame)
     if missing and (stop.rounds is None or absent.intersection(parts.control)):
@@ -221,20 +253,34 @@ def _draw(
         samples = sum(block.stop - block.start for block in missing)
         watch = forecast.Stopwatch(engine_name, config.detection.generate.actors, config.detection.classify.actors)
         drawn = stages.draw(parts, _openings(config, missing), generating, classifying)
-        with progress.bar("detect", samples, "samples") as advance:
+        with closing(drawn), progress.bar("detect", samples, "samples") as advance:
             for found in drawn:
                 parts.publish(found.block, found.part)
                 watch.take(found.block.stop - found.block.start, found.tokens, found.generating, found.classifying)
                 advance(found.block.stop - found.block.start)
                 absent.remove(found.block)
-                if may_stop and found.block.iteration != CONTROL:
+                if may_stop:
                     stop.take(found.block, parts.decode(found.part))
                 if stop.rounds is not None and absent.isdisjoint(parts.control):
                     break
-        drawn.close()
         watch.append(parts.folder / forecast.RATES)
     rounds = parts.rounds[: stop.rounds]
     return pl.concat(parts.read([block for blocks in rounds for block in blocks]))
+
+
+def _early_stop(parts: Parts, config: MixtureConfig) -> EarlyStop:
+    """What is reported is what has to be known to the margin: the corrected shares where these are asked for."""
+    judged, control = None, parts.control if config.detection.correct else ()
+    if config.detection.correct and not control:
+        judged = classify.read_judged(_heldout(run_folder(config)), list(config.domains))
+    return EarlyStop(
+        parts.rounds,
+        parts.domains,
+        config.detection.stop_at_margin,
+        judged=judged,
+        control=control,
+        seed=config.seed,
+    )
 
 
 def _openings(config: MixtureConfig, blocks: Sequence[Block]) -> dict[Block, generate.Openings]:
@@ -272,29 +318,25 @@ def _engine(config: MixtureConfig) -> str:
 
 
 def _generating(config: MixtureConfig, sampling: generate.Sampling) -> Stage:
-    """The generating stage; needs a connected cluster."""
-    settings = config.detection
-    make: Callable[[], Any] = functools.partial(generate.TransformersGenerator, sampling)
-    python = None
-    if isinstance(settings.engine, Vllm):
-        make = functools.partial(generate.VllmGenerator, sampling, settings.engine)
-        python = config.resolve(settings.engine.python)
-    return Stage(make, settings.generate, _gpus(config), python)
+    """The generating stage."""
+    settings, resources, device = config.detection.engine, config.detection.generate, config.detection.device
+    if not isinstance(settings, Vllm):
+        return Stage(functools.partial(generate.TransformersGenerator, sampling), resources, device)
+    make = functools.partial(generate.VllmGenerator, sampling, settings)
+    return Stage(make, resources, device, settings.tensor_parallel, config.resolve(settings.python))
 
 
 def _classifying(config: MixtureConfig, fitted: MeasuredClassifier | None) -> Stage:
     """The classifying stage, after a look whether what it needs is there."""
     settings, resources = config.detection.classifier, config.detection.classify
     if isinstance(fitted, probe.FittedProbe):
-        return Stage(functools.partial(probe.LinearProbe, fitted), resources, resources.gpus, torch=False)
+        return Stage(functools.partial(probe.LinearProbe, fitted), resources)
     if isinstance(settings, Probe):
         raise TypeError("a probe is fitted before it classifies")
     domains, characters = tuple(config.domains), config.detection.max_tokens * classify.CHARACTERS_PER_TOKEN
     asked = question.inquiry(settings, domains, characters)  # mistakes in it are found here, not in an actor
     if isinstance(settings, Endpoint):
-        return Stage(
-            functools.partial(EndpointJudge, settings, domains, characters), resources, resources.gpus, torch=False
-        )
+        return Stage(functools.partial(EndpointJudge, settings, domains, characters), resources)
     python, model = config.resolve(settings.python), settings.model or config.model
     location = config.model_location(model)
     require_vllm(python)
@@ -303,20 +345,7 @@ def _classifying(config: MixtureConfig, fitted: MeasuredClassifier | None) -> St
     make = functools.partial(
         VllmJudge, settings, location, model.revision, config.detection.precision, domains, characters
     )
-    gpus = resources.gpus or (settings.tensor_parallel if config.detection.device.startswith("cuda") else 0)
-    return Stage(make, resources, gpus, python)
-
-
-def _gpus(config: MixtureConfig) -> float:
-    """GPUs per generating actor: as set, else what one model takes where the cluster has it and the device allows."""
-    import ray
-
-    settings = config.detection
-    if settings.generate.gpus or settings.device == "cpu":
-        return settings.generate.gpus
-    each = settings.engine.tensor_parallel if isinstance(settings.engine, Vllm) else 1
-    enough = ray.cluster_resources().get("GPU", 0) >= settings.generate.actors * each
-    return each if enough or settings.device.startswith("cuda") else 0
+    return Stage(make, resources, config.detection.device, settings.tensor_parallel, python)
 
 
 def _report(
@@ -356,8 +385,7 @@ def _control(parts: Parts) -> Judged | None:
     """The control group's probabilities by the domain whose openings it continued."""
     if not parts.control:
         return None
-    rows = pl.concat(parts.read(parts.control)).select(probability_columns(parts.domains)).to_numpy()
-    return dict(zip(parts.domains, np.split(rows, len(parts.domains)), strict=True))
+    return estimate.by_domain(parts.read(parts.control), parts.domains)
 
 
 def _heldout(run: RunFolder) -> Path:

@@ -23,7 +23,7 @@ tokens of a model of 135 million parameters, which takes more turns with less.""
 LONGEST_REASON = 300
 """Characters of an error of somebody else's that ours repeat."""
 
-# What other settings say, what would bend the distribution, and what would run code that a model folder holds.
+# What other settings say, what would bend the distribution, what would run code, and what no file should hold.
 RESERVED = frozenset(
     {
         "allowed_local_media_path",
@@ -31,6 +31,8 @@ RESERVED = frozenset(
         "dtype",
         "generation_config",
         "hf_overrides",
+        "hf_token",
+        "kv_transfer_config",
         "logits_processors",
         "logprobs_mode",
         "max_logprobs",
@@ -38,6 +40,7 @@ RESERVED = frozenset(
         "model",
         "override_generation_config",
         "revision",
+        "scheduler_cls",
         "skip_tokenizer_init",
         "tensor_parallel_size",
         "tokenizer",
@@ -47,6 +50,34 @@ RESERVED = frozenset(
         "worker_extension_cls",
     }
 )
+
+
+# What says how the work is carried out. All else may change what comes out.
+STEERING = frozenset(
+    {
+        "block_size",
+        "cpu_offload_gb",
+        "disable_log_stats",
+        "distributed_executor_backend",
+        "enforce_eager",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "max_parallel_loading_workers",
+        "pipeline_parallel_size",
+        "swap_space",
+        "use_tqdm_on_load",
+    }
+)
+
+
+def shaping(settings: object) -> dict[str, Any]:
+    """The `arguments` that may change what an engine says: part of what samples and judgements are made from."""
+    if not isinstance(settings, VllmEnvironment):
+        return {}
+    found = {name: value for name, value in settings.arguments.items() if name not in STEERING}
+    return {"arguments": found} if found else {}
 
 
 def require_free(settings: VllmEnvironment) -> None:
@@ -93,7 +124,7 @@ def start(model: str, revision: str | None, precision: Precision, longest: int, 
             generation_config="vllm",  # its own neutral defaults, not the model's
             **chosen,
         )
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:LONGEST_REASON]
         raise ConfigError(f"vLLM cannot load {model!r}: {reason}: see to the model and to `arguments`") from None
 

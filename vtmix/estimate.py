@@ -45,8 +45,13 @@ def corrected(samples: pl.DataFrame, judged: Mapping[str, Matrix], seed: int = 0
     means = _resampled(samples, list(judged), seed)
     classified = means[:, :-1].any(axis=1)  # where samples are few, one drawn again may hold none that says anything
     pairs = zip(means[classified], confusions[classified], strict=True)
+    # An iteration in which nothing was classified says nothing, and leaves the proportions as they are.
+    spoke = samples.filter(pl.sum_horizontal(probability_columns(list(judged))[:-1]).sum().over("iteration") > 0)
     return _estimated(
-        samples, list(judged), np.array([_solve(*pair) for pair in pairs]), lambda mean: _solve(mean, confusion)
+        samples if spoke.is_empty() else spoke,
+        list(judged),
+        np.array([_solve(*pair) for pair in pairs]),
+        lambda mean: _solve(mean, confusion),
     )
 
 
@@ -70,39 +75,66 @@ class EarlyStop:
     """Looks at samples as they come, round by round, until every domain's share is known to ± margin.
 
     A round is a block of every iteration. Rounds count in order, in whatever order their blocks come, so where it
-    stops is a function of the samples. It keeps sums, and rows only of rounds that are not complete.
+    stops is a function of the samples. Where the shares are to be corrected, by `judged` texts or those of a `control`
+    group's blocks, every corrected share has to be known to ± margin too, which takes more samples.
     """
 
-    def __init__(self, rounds: Sequence[Sequence[Block]], domains: Sequence[str], margin: float | None) -> None:
+    def __init__(
+        self,
+        rounds: Sequence[Sequence[Block]],
+        domains: Sequence[str],
+        margin: float | None,
+        *,
+        judged: Mapping[str, Matrix] | None = None,
+        control: Sequence[Block] = (),
+        seed: int = 0,
+    ) -> None:
         self.rounds: int | None = None  # after how many the margin was met; None until then
         self._all = rounds
         self._margin = margin
-        self._columns = probability_columns(domains)[:-1]
-        self._waiting: dict[Block, Matrix] = {}
-        self._complete = 0
+        self._domains = domains
+        self._judged = judged
+        self._control = control
+        self._seed = seed
+        self._waiting: dict[Block, pl.DataFrame] = {}
+        self._taken: list[pl.DataFrame] = []
         self._count = 0
         self._sums = np.zeros(len(domains))
         self._squares = np.zeros(len(domains))
 
     def take(self, block: Block, samples: pl.DataFrame) -> None:
-        """Takes in a block's samples."""
-        if self._margin is None:
+        """Takes in a block's samples (columns iteration, p_<domain>, unclassified)."""
+        if self._margin is None or self.rounds is not None:
             return
-        self._waiting[block] = samples.select(self._columns).to_numpy()
-        while self.rounds is None and self._complete < len(self._all):
-            blocks = self._all[self._complete]
-            if any(block not in self._waiting for block in blocks):
+        self._waiting[block] = samples
+        if self._control and self._judged is None:
+            if not self._waiting.keys() >= {*self._control}:
                 return
-            for rows in map(self._waiting.pop, blocks):
-                self._count += len(rows)
-                self._sums += rows.sum(axis=0)
-                self._squares += (rows**2).sum(axis=0)
-            self._complete += 1
-            if self.width() <= self._margin:
-                self.rounds = self._complete
+            self._judged = by_domain([self._waiting.pop(block) for block in self._control], self._domains)
+        for blocks in self._all[len(self._taken) :]:
+            if not self._waiting.keys() >= {*blocks}:
+                return
+            self._add(pl.concat([self._waiting.pop(block) for block in blocks]))
+            if self.width() <= self._margin and self._corrected_width() <= self._margin:
+                self.rounds = len(self._taken)
+                return
+
+    def _add(self, samples: pl.DataFrame) -> None:
+        self._taken.append(samples)
+        rows = _matrix(samples, self._domains)[:, :-1]
+        self._count += len(rows)
+        self._sums += rows.sum(axis=0)
+        self._squares += (rows**2).sum(axis=0)
+
+    def _corrected_width(self) -> float:
+        """Half the widest interval that would be reported; 0 where nothing is corrected."""
+        if self._judged is None or not self._sums.any():
+            return 0.0
+        found = corrected(pl.concat(self._taken), self._judged, self._seed)
+        return max((share.high - share.low) / 2 for share in found.values())
 
     def width(self) -> float:
-        """Half the widest 95 % interval over the domains; 1 while there are too few samples to say.
+        """Half the widest 95 % interval over the domains, as classified; 1 while there are too few samples to say.
 
         A share that no sample spoke for is known to 3 / n (the rule of three), not to 0.
         """
@@ -115,6 +147,11 @@ class EarlyStop:
 def samples_needed(margin: float, variance: float = 0.25) -> int:
     """Samples after which a share is known to ± margin (95 %); the variance of a probability is at most 1/4."""
     return max(FEWEST, math.ceil(variance * (NORMAL_95 / margin) ** 2), math.ceil(3 / margin))
+
+
+def by_domain(control: Sequence[pl.DataFrame], domains: Sequence[str]) -> dict[str, Matrix]:
+    """A control group's probabilities by the domain whose openings it continued: as many samples of each, in order."""
+    return dict(zip(domains, np.split(_matrix(pl.concat(control), domains), len(domains)), strict=True))
 
 
 def _estimated(
@@ -157,7 +194,7 @@ def _solve(observed: Matrix, confusion: Matrix) -> Matrix:
     """p ≥ 0, summing to 1, with confusionᵀ p proportional to the observed masses in the least-squares sense."""
     from scipy.optimize import nnls  # type: ignore[import-untyped]
 
-    masses, _ = nnls(confusion.T, observed)
+    masses, _ = nnls(confusion.T, observed, maxiter=100 * len(confusion))
     total = masses.sum()
     if not total:
         raise DetectionError("none of the samples was classified: there is nothing to estimate from")

@@ -205,6 +205,11 @@ def _draw(uniform: "torch.Tensor") -> "Callable[[torch.Tensor, torch.Tensor], to
     def process(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         step = ids.shape[1] - 1
         shares = torch.softmax(logits.float(), dim=-1).double().cumsum(dim=-1)
+        if not shares[:, -1].isfinite().all():
+            raise DetectionError(
+                "the model gives tokens no probabilities (not a number): its weights are damaged, or too large for "
+                "this precision: set detection.precision to bf16 or fp32"
+            )
         sought = uniform[:, step : step + 1] * shares[:, -1:]
         # The first token whose cumulative share exceeds the number: one of probability 0 is never drawn.
         token = torch.searchsorted(shares, sought, right=True).clamp_(max=logits.shape[1] - 1)

@@ -118,7 +118,11 @@ class VllmEnvironment(Model):
     python: Annotated[str, Field(description="its interpreter, relative to mixture.yaml; `make vllm-env` builds it")]
     tensor_parallel: Annotated[int, Field(ge=1, description="GPUs that one model is spread over")] = 1
     arguments: Annotated[
-        dict[str, Any], Field(description="more of vLLM's engine arguments, such as gpu_memory_utilization")
+        dict[str, Any],
+        Field(
+            description="more of vLLM's engine arguments, such as gpu_memory_utilization; what may change its answers, "
+            "such as quantization, stays the same within a run"
+        ),
     ] = {}
 
 
@@ -201,7 +205,12 @@ class Detection(Model):
     samples: Annotated[int, Field(ge=1, description="per iteration")] = 40_000
     stop_at_margin: Annotated[
         float | None,
-        Field(gt=0, lt=1, description="stop once every domain's share is known to ± this (95 %); default: never"),
+        Field(
+            gt=0,
+            lt=1,
+            description="stop once every domain's share is known to ± this (95 %), as classified and, with `correct`, "
+            "as corrected; default: never",
+        ),
     ] = None
     max_tokens: Annotated[int, Field(ge=1)] = 256
     block: Annotated[int, Field(ge=1, description="samples generated, classified and committed together")] = 256

@@ -18,7 +18,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from vtmix import cluster
-from vtmix.classify import Classifier, Matrix
+from vtmix.classify import Classifier, Matrix, sound
 from vtmix.distribute import cores
 from vtmix.errors import DetectionError
 from vtmix.generate import Openings
@@ -39,19 +39,31 @@ class Stage:
 
     make: Callable[[], Any]
     resources: Resources
-    gpus: float
+    device: str | None = None
+    """Where its model computes (auto: on GPUs where there are any); None: it has no model."""
+    spread: int = 1
+    """The GPUs that one model is spread over."""
     python: Path | None = None
-    torch: bool = True
-    """Whether its worker computes with PyTorch, and so wants all the threads it can have."""
+
+    @property
+    def gpus(self) -> float:
+        """GPUs per actor: as set, else what a model takes where there are GPUs; needs a connected cluster."""
+        import ray
+
+        if self.resources.gpus or self.device is None:
+            return self.resources.gpus
+        there = self.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
+        return self.spread if there or self.device.startswith("cuda") else 0
 
     @property
     def all_gpus(self) -> float:
-        """GPUs reserved by all its actors."""
+        """GPUs reserved by all its actors; needs a connected cluster."""
         return self.resources.actors * self.gpus
 
     @property
     def _threads(self) -> int | None:
-        return max(1, cores() // self.resources.actors) if self.torch else None
+        """Threads for a model, which wants all it can have."""
+        return None if self.device is None else max(1, cores() // self.resources.actors)
 
     def mapped(self, rows: Any, actor: type, parts: Parts | None = None) -> Any:
         """A Ray dataset of which every row goes through an actor of this stage."""
@@ -177,7 +189,7 @@ class _Classify(_Actor[Classifier]):
         classify = self._work
         start = time.perf_counter()
         samples = [Sample(text, tuple(ids), reason) for text, ids, reason in json.loads(row["samples"])]
-        judged = classify([sample.text for sample in samples])
+        judged = sound(classify([sample.text for sample in samples]))
         return {
             "block": row["block"],
             "part": self._parts.encode(Block(*row["block"]), samples, judged),
@@ -191,7 +203,7 @@ class _Judge(_Actor[Classifier]):
     """Labelled texts → their probabilities."""
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        judged = self._work(list(row["texts"]))
+        judged = sound(self._work(list(row["texts"])))
         return {"domain": row["domain"], "start": row["start"], "judged": json.dumps(judged.tolist())}
 
 
