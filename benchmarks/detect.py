@@ -3,8 +3,9 @@
     python benchmarks/detect.py [--quick] [--json]
 
 The peer of a detection is its own engine, called directly with all samples in one big batch, in a process of its own
-after a warm-up. The detection is the whole job: Ray, both stages, committed parts. Its rate is that of the tokens after
-the first block's first one; what comes before is start-up, and printed apart. The judge's peer is the same judge asked
+after a warm-up: once before the detection and once after it, since a machine's speed drifts, and the mean counts. The
+detection is the whole job: Ray, both stages, committed parts. Its rate is that of the tokens after the first block's
+first one; what comes before is start-up, and printed apart. The judge's peer is the same judge asked
 one text at a time. The model and the texts are the quickstart's (examples/quickstart/fetch.py); vLLM is left out where
 `make vllm-env` has not been run.
 """
@@ -110,11 +111,13 @@ def in_its_environment(engine: str, *arguments: str) -> Any:
 
 
 def compare(path: Path, engine: str) -> dict[str, float]:
-    """One engine: on its own, and through a detection."""
+    """One engine: on its own, through a detection, and on its own again."""
     settings = config.load(path)
     build(settings)
-    alone = in_its_environment(engine, "--direct", str(path))
+    before = in_its_environment(engine, "--direct", str(path))
     detect(settings)
+    after = in_its_environment(engine, "--direct", str(path))
+    alone = (before + after) / 2
     log = run_folder(settings).detection.with_name(forecast.RATES).read_text(encoding="utf-8")
     took = json.loads(log.splitlines()[-1])
     rate = took["tokens"] / (took["seconds"] - took["start_s"])
@@ -122,6 +125,7 @@ def compare(path: Path, engine: str) -> dict[str, float]:
         "ratio": rate / alone,
         "detect_tokens_per_s": rate,
         "engine_tokens_per_s": alone,
+        "engine_drift": after / before,
         "start_s": took["start_s"],
     }
 
