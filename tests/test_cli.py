@@ -126,8 +126,37 @@ def test_rates_that_are_given_are_made_into_hours(begun):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[1].split() == ["1", "actor", "8", "actors", "64", "actors"]
-    assert lines[2].startswith("2 x 32 samples")
-    assert "stop_at_margin 0.01: at most 64 samples" in lines[3]
+    assert lines[2].startswith("2 x 32 samples of 16 tokens ")
+    assert lines[3].startswith("the paper's 5 x 40,000 samples of 256 tokens ")
+    assert lines[4].startswith("stop_at_margin 0.01: at most 64 samples ")
+    assert len(lines) == 6
+
+
+def test_a_forecast_counts_whole_rounds_and_the_control_group(project):
+    detection = {"iterations": 5, "samples": 40_000, "block": 256, "max_tokens": 256, "stop_at_margin": 0.01}
+    rates = ("--tokens-per-second", "256", "--texts-per-second", "1e9")  # a sample a second
+    without = vtmix("detect", "--estimate", *rates, "--config", project(detection=detection)).stdout.splitlines()
+    assert without[4].split()[:5] == ["stop_at_margin", "0.01:", "at", "most", "10,240"]
+    assert "2 h 51 min" in without[4]
+    detection["control"] = 1200
+    done = vtmix("detect", "--estimate", *rates, "--config", project(detection=detection)).stdout.splitlines()
+    assert "3 h 51 min" in done[4]
+    assert done[3] == without[3]
+    assert "2 d 8 h" in done[2]
+    assert (
+        done[5] == "all but the paper's include the control group: 3,600 samples more (3 domains x detection.control)"
+    )
+
+
+def test_what_a_small_run_measured_is_used_as_the_remedy_says(begun, tmp_path):
+    remedy = vtmix("detect", "--estimate", "--config", begun).stderr.strip()
+    assert remedy.endswith("then `vtmix detect --estimate --run THAT_FOLDER`")
+    small = tmp_path / "small" / "detection"
+    small.mkdir(parents=True)
+    (small / "rates.jsonl").write_text('{"engine": "x", "tokens_per_s": 64, "texts_per_s": 9e9, "start_s": 0}\n')
+    done = vtmix("detect", "--estimate", "--run", tmp_path / "small", "--config", begun)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[2].split()[-6:-4] == ["16", "s"]  # 64 samples of 16 tokens, of which 64 a second
 
 
 def test_status_shows_every_epoch_that_has_begun(begun):
