@@ -120,6 +120,14 @@ def test_detect_shows_nothing_and_forecasts_nothing_before_there_is_something(be
     assert "nothing was measured yet" in forecast.stderr
 
 
+def test_a_published_distribution_has_no_samples_to_show_and_the_way_to_some_is_said(project):
+    path = project(detection={"published": "llama-3-8b"})
+    shown = vtmix("detect", "--show", "3", "--config", path)
+    assert shown.returncode == 1
+    assert "holds no samples: the distribution is published for llama-3-8b by the paper's authors" in shown.stderr
+    assert "remove detection.published and run `vtmix detect` in another run folder (--run)" in shown.stderr
+
+
 def test_rates_that_are_given_are_made_into_hours(begun):
     rates = ("--tokens-per-second", "2000", "--texts-per-second", "500")
     done = vtmix("detect", "--estimate", *rates, "--config", begun)

@@ -117,7 +117,8 @@ def detect(
     elif show is not None:
         from vtmix.show import show as show_samples
 
-        for line in show_samples(folder.detection.parent, list(settings.domains), show):
+        domains, published = list(settings.domains), settings.detection.published
+        for line in show_samples(folder.detection.parent, domains, show, published):
             say(line)
     else:
         _detect(settings)
