@@ -120,14 +120,51 @@ def test_detect_shows_nothing_and_forecasts_nothing_before_there_is_something(be
     assert "nothing was measured yet" in forecast.stderr
 
 
+def test_a_published_distribution_has_no_samples_to_show_and_the_way_to_some_is_said(project):
+    path = project(detection={"published": "llama-3-8b"})
+    shown = vtmix("detect", "--show", "3", "--config", path)
+    assert shown.returncode == 1
+    assert "holds no samples: the distribution is published for llama-3-8b by the paper's authors" in shown.stderr
+    assert "remove detection.published and run `vtmix detect` in another run folder (--run)" in shown.stderr
+
+
 def test_rates_that_are_given_are_made_into_hours(begun):
     rates = ("--tokens-per-second", "2000", "--texts-per-second", "500")
     done = vtmix("detect", "--estimate", *rates, "--config", begun)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[1].split() == ["1", "actor", "8", "actors", "64", "actors"]
-    assert lines[2].startswith("2 x 32 samples")
-    assert "stop_at_margin 0.01: at most 64 samples" in lines[3]
+    assert lines[2].startswith("2 x 32 samples of 16 tokens ")
+    assert lines[3].startswith("the paper's 5 x 40,000 samples of 256 tokens ")
+    assert lines[4].startswith("stop_at_margin 0.01: at most 64 samples ")
+    assert len(lines) == 6
+
+
+def test_a_forecast_counts_whole_rounds_and_the_control_group(project):
+    detection = {"iterations": 5, "samples": 40_000, "block": 256, "max_tokens": 256, "stop_at_margin": 0.01}
+    rates = ("--tokens-per-second", "256", "--texts-per-second", "1e9")  # a sample a second
+    without = vtmix("detect", "--estimate", *rates, "--config", project(detection=detection)).stdout.splitlines()
+    assert without[4].split()[:5] == ["stop_at_margin", "0.01:", "at", "most", "10,240"]
+    assert "2 h 51 min" in without[4]
+    detection["control"] = 1200
+    done = vtmix("detect", "--estimate", *rates, "--config", project(detection=detection)).stdout.splitlines()
+    assert "3 h 51 min" in done[4]
+    assert done[3] == without[3]
+    assert "2 d 8 h" in done[2]
+    assert (
+        done[5] == "all but the paper's include the control group: 3,600 samples more (3 domains x detection.control)"
+    )
+
+
+def test_what_a_small_run_measured_is_used_as_the_remedy_says(begun, tmp_path):
+    remedy = vtmix("detect", "--estimate", "--config", begun).stderr.strip()
+    assert remedy.endswith("then `vtmix detect --estimate --run THAT_FOLDER`")
+    small = tmp_path / "small" / "detection"
+    small.mkdir(parents=True)
+    (small / "rates.jsonl").write_text('{"engine": "x", "tokens_per_s": 64, "texts_per_s": 9e9, "start_s": 0}\n')
+    done = vtmix("detect", "--estimate", "--run", tmp_path / "small", "--config", begun)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[2].split()[-6:-4] == ["16", "s"]  # 64 samples of 16 tokens, of which 64 a second
 
 
 def test_status_shows_every_epoch_that_has_begun(begun):

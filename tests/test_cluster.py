@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import secrets
 import stat
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from vtmix import cluster
 from vtmix.artifacts import RunFolder
+from vtmix.cluster import Reserved
 from vtmix.errors import ConfigError
 
 UPLOADED = Path("/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0123456789abcdef")
@@ -55,11 +57,54 @@ def test_a_connection_within_a_connection_is_the_same(ray_cluster):
 
 
 def test_work_that_reserves_more_than_there_is_is_refused(ray_cluster):
-    cluster.require_resources(cpus=4, gpus=0)
+    cluster.require_resources([Reserved(1, 0)] * 4)
+    cluster.require_resources([Reserved(0.1, 0)] * 40)
     with pytest.raises(ConfigError, match="has 4 CPUs, and the stages reserve 64: add nodes, or lower"):
-        cluster.require_resources(cpus=64, gpus=0)
+        cluster.require_resources([Reserved(2, 0)] * 32)
     with pytest.raises(ConfigError, match="has 0 GPUs, and the stages reserve 1"):
-        cluster.require_resources(cpus=1, gpus=1)
+        cluster.require_resources([Reserved(1, 1)])
+
+
+TWO_NODES = """
+import ray
+from ray.cluster_utils import Cluster
+from vtmix.cluster import Reserved, require_resources
+from vtmix.errors import ConfigError
+
+small = {"object_store_memory": 80 << 20, "include_dashboard": False}
+nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 4, **small})
+try:
+    more = nodes.add_node(num_cpus=1, num_gpus=4, **small)
+    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+    require_resources([Reserved(0.5, 4), Reserved(0.5, 4)])
+    for actor in (Reserved(0.5, 8), Reserved(3, 0)):
+        try:
+            require_resources([actor])
+        except ConfigError as error:
+            print(error)
+    nodes.remove_node(more)
+    try:
+        require_resources([Reserved(1, 4), Reserved(1, 4)])
+    except ConfigError as error:
+        print(error)
+finally:
+    ray.shutdown()
+    nodes.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_an_actor_that_no_node_holds_is_refused_though_the_cluster_has_as_much():
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_NODES], env=own | token, capture_output=True, text=True, check=True
+    )
+    gpus, cpus, dead = done.stdout.splitlines()[-3:]
+    there = "a node of the Ray cluster has 2 CPUs and 4 GPUs or 1 CPUs and 4 GPUs, and one actor reserves "
+    assert gpus.startswith(f"{there}0.5 CPUs and 8 GPUs: add a larger node, or lower `cpus`, `gpus` or")
+    assert cpus.startswith(f"{there}3 CPUs and 0 GPUs: add a larger node")
+    assert "has 4 GPUs, and the stages reserve 8" in dead
 
 
 def test_folders_of_dead_clusters_are_removed_and_those_of_living_ones_kept(temporary):

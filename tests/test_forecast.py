@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vtmix import forecast
 from vtmix.errors import DamageError, MissingError
-from vtmix.forecast import Rates, Stopwatch, measured, seconds
+from vtmix.forecast import Rates, Size, Stopwatch, measured, seconds
 
 RATES = Rates("transformers", tokens_per_s=1000, texts_per_s=100, start_s=20)
 
@@ -57,9 +57,35 @@ def test_a_run_that_drew_nothing_measures_nothing(tmp_path):
     assert not (tmp_path / forecast.RATES).exists()
 
 
-def test_the_table_names_every_plan_and_count_of_devices():
-    lines = forecast.lines(RATES, [("all", 200_000), ("few", 1000)], max_tokens=256, block=256)
+@pytest.mark.parametrize(("tokens", "texts"), [(0, 5.0), (5.0, 0), (-1.0, 5.0), (float("nan"), 5.0)])
+def test_a_run_that_generated_nothing_measured_nothing_that_a_forecast_could_rest_on(tmp_path, tokens, texts):
+    path = tmp_path / forecast.RATES
+    rates = {"engine": "x", "tokens_per_s": tokens, "texts_per_s": texts, "start_s": 1.0}
+    path.write_text(json.dumps(rates) + "\n")
+    with pytest.raises(MissingError, match="from which nothing follows: give --tokens-per-second"):
+        measured(path)
+
+
+def test_a_silent_model_is_logged_and_not_forecast_from(tmp_path):
+    path = tmp_path / forecast.RATES
+    watch = Stopwatch("transformers", 1, 1)
+    watch.take(16, 0, 1.0, 0.5)
+    watch.append(path)
+    with pytest.raises(MissingError, match="the last run generated 0 tokens/s"):
+        measured(path)
+
+
+def test_a_detection_stops_at_the_end_of_a_round():
+    assert forecast.whole_rounds(9604, iterations=5, block=256) == 10_240
+    assert forecast.whole_rounds(10_240, iterations=5, block=256) == 10_240
+    assert forecast.whole_rounds(10_241, iterations=5, block=256) == 11_520
+
+
+def test_the_table_names_every_size_and_count_of_devices():
+    lines = forecast.lines(RATES, [forecast.PAPER, Size("few", 1000, 16)], block=256)
     assert lines[1].split() == ["1", "actor", "8", "actors", "64", "actors"]
-    assert lines[2].startswith("all")
+    assert lines[2].startswith("the paper's 5 x 40,000 samples of 256 tokens ")
     assert "14 h 14 min" in lines[2]  # 51.2 million tokens at 1,000 a second, and the start
-    assert lines[3].startswith("few")
+    assert lines[3].startswith("few ")
+    assert "38 s" in lines[3]  # as many samples of its own length, the last block of 232 classified after that
+    assert len({len(line) for line in lines[1:]}) == 1

@@ -8,9 +8,20 @@ from itertools import pairwise
 import pytest
 from handmade import SIZES, run_of, samples, write_config, write_pool, write_weights
 
-from vtmix import loop
-from vtmix.artifacts import DetectionReport, DomainLoss, Losses, Plan, Reference, ReferenceLoss, Weights, run_folder
+from vtmix import loop, published
+from vtmix.artifacts import (
+    DetectionReport,
+    DomainLoss,
+    Losses,
+    Manifest,
+    Plan,
+    Reference,
+    ReferenceLoss,
+    Weights,
+    run_folder,
+)
 from vtmix.config import load
+from vtmix.detect import detect
 from vtmix.errors import ConflictError, DamageError, LossError, MissingError
 
 VERSATUNE = {"algorithm": "versatune", "sigma": 0.5}
@@ -81,6 +92,24 @@ def test_the_whole_loop_hands_out_every_epoch_and_ends(versatune):
         assert run.losses(epoch).exists()
         assert Losses.read(run.losses(epoch), "").mixture == seen[epoch - 1][2]
     assert Losses.read(run.losses(0), "").mixture is None
+
+
+def test_all_that_is_made_from_a_published_distribution_says_so(tmp_path):
+    sizes = dict.fromkeys(published.DOMAINS, 30)
+    config = without_weights(
+        run_of(tmp_path, sizes, dict.fromkeys(sizes, 1 / 6), weights=VERSATUNE, detection={"published": "llama-3-8b"})
+    )
+    run, label = run_folder(config), "published for llama-3-8b by the paper's authors, not detected"
+    assert detect(config).knowledge == label
+    found = {name: DomainLoss(nats=200.0, tokens=100, bytes=400, samples=5) for name in sizes}
+    ceiling = {name: ReferenceLoss(nats=100.0, tokens=100, bytes=400, samples=5, epoch=1) for name in sizes}
+    Reference(tokenizer="by hand", domains=ceiling).publish(run.reference)
+    loop.begin(config, found)
+    loop.advance(config, 1, found)
+    for epoch in (1, 2):
+        assert Weights.read(run.weights(epoch), "").knowledge == label
+        assert Plan.read(run.plan(epoch), "").knowledge == label
+        assert Manifest.read(run.manifest(epoch), "").knowledge == label
 
 
 def test_asked_again_it_answers_the_same_and_touches_nothing(versatune):

@@ -1,13 +1,15 @@
 """The probe tells the domains apart, says how well, and leaves what it cannot read unclassified."""
 
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from conftest import WORDS, sentence
+from jsonschema import Draft202012Validator
 
-from vtmix.classify import CHARACTERS_PER_TOKEN, measure, publish_judged, read_judged
+from vtmix.classify import CHARACTERS_PER_TOKEN, MeasuredClassifier, measure, publish_judged, read_judged
 from vtmix.errors import DamageError, DetectionError, MissingError
 from vtmix.probe import FittedProbe, LinearProbe, StaticEmbedding, fit_probe
 
@@ -110,6 +112,16 @@ def test_a_probe_survives_its_file(fitted, tmp_path):
     loaded = FittedProbe.read(path, "")
     texts = [text for found in TEXTS.values() for text in found]
     assert (LinearProbe(loaded)(texts) == LinearProbe(fitted)(texts)).all()
+
+
+def test_the_published_schema_takes_a_fitted_probe_and_a_measured_judge(fitted, pytestconfig):
+    schema = json.loads((pytestconfig.rootpath / "schemas" / "classifier.schema.json").read_text(encoding="utf-8"))
+    accepts = Draft202012Validator(schema).is_valid
+    _, judged = fit_probe(TEXTS, max_tokens=16, folds=5)
+    judge = MeasuredClassifier(domains=tuple(WORDS), report=measure("endpoint", judged))
+    assert accepts(json.loads(fitted.text()))
+    assert accepts(json.loads(judge.text()))
+    assert not accepts({**json.loads(judge.text()), "temperature": 1.0})  # half a probe
 
 
 def test_a_text_is_judged_alike_whatever_stands_beside_it(fitted):

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from handmade import tree
 from test_detect import ROOT, World, content_of, descendants, golden, wait_until, world  # noqa: F401
 
@@ -29,7 +30,10 @@ BIN = Path(sys.executable).parent
 
 
 class Head:
-    """A cluster started with `ray start --head`, that takes jobs from holders of its token."""
+    """A cluster started with `ray start --head`, that takes jobs from holders of its token.
+
+    It has two CPUs: on as few, no job with default stages waits for ever.
+    """
 
     def __init__(self, folder: Path) -> None:
         token = folder / "token"
@@ -44,7 +48,7 @@ class Head:
         port, dashboard, agent, client = free_ports(4)
         self.address = f"http://127.0.0.1:{dashboard}"
         command = [
-            *(BIN / "ray", "start", "--head", "--block", "--num-cpus=3", "--disable-usage-stats"),
+            *(BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
             *(f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
             *(f"--ray-client-server-port={client}", f"--temp-dir={folder / 'ray'}"),
         ]
@@ -125,6 +129,19 @@ def test_a_job_given_an_absolute_path_commits_in_the_submitters_folder(head, pro
     folder = project_folder / "submitted" / "detection"
     assert f"committed {folder / 'detection.json'}: 408 samples" in done.stdout
     assert content_of(folder) == content_of(golden)
+
+
+def test_a_job_given_a_relative_path_commits_where_absolute_paths_in_it_say(head, project_folder, golden):  # noqa: F811
+    run, pools = project_folder / "elsewhere-by-job", project_folder / "pool"
+    shutil.copytree(golden, run / "detection")
+    (run / "detection" / "detection.json").unlink()  # its parts are drawn: the job has the report left to do
+    content = yaml.safe_load((project_folder / "mixture.yaml").read_text())
+    absolute = content | {"run": str(run), "pool": content["pool"] | {"folder": str(pools)}}
+    (project_folder / "absolute.yaml").write_text(yaml.safe_dump(absolute, sort_keys=False))
+    done = head.submit(project_folder, "python", "jobs/detect.py", "--config", "absolute.yaml")
+    assert done.returncode == 0, done.stdout
+    assert f"committed {run / 'detection' / 'detection.json'}: 408 samples" in done.stdout
+    assert content_of(run / "detection") == content_of(golden)
 
 
 def test_a_compile_job_writes_the_mixture_that_the_command_does(head, project_folder):

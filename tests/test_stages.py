@@ -13,6 +13,7 @@ from test_detect import wait_until
 
 from vtmix import stages
 from vtmix.classify import sound
+from vtmix.cluster import Reserved
 from vtmix.errors import ConfigError, DetectionError
 from vtmix.samples import Parts, Sample, blocks_of
 from vtmix.settings import Resources
@@ -69,7 +70,8 @@ def stage(make, cpus=0.5):
 def test_a_model_takes_gpus_where_it_may_and_there_are_any(monkeypatch, device, own, there, reserved):
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "GPU": float(there)})
     found = Stage(SlowSampler, Resources(actors=3, gpus=own), device, spread=2)
-    assert (found.gpus, found.all_gpus) == (reserved, 3 * reserved)
+    assert found.gpus == reserved
+    assert found.reserved == [Reserved(found.resources.cpus, reserved)] * 3
 
 
 @given(arrays(np.float64, st.tuples(st.integers(1, 5), st.just(3)), elements=st.floats()))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from vtmix.artifacts import PoolManifest, RunFolder
+    from vtmix.forecast import Size
     from vtmix.settings import MixtureConfig
 
 app = typer.Typer(
@@ -116,7 +117,8 @@ def detect(
     elif show is not None:
         from vtmix.show import show as show_samples
 
-        for line in show_samples(folder.detection.parent, list(settings.domains), show):
+        domains, published = list(settings.domains), settings.detection.published
+        for line in show_samples(folder.detection.parent, domains, show, published):
             say(line)
     else:
         _detect(settings)
@@ -127,7 +129,6 @@ def _estimate(
     settings: "MixtureConfig", folder: "RunFolder", tokens_per_second: float | None, texts_per_second: float | None
 ) -> None:
     from vtmix import forecast
-    from vtmix.estimate import samples_needed
 
     detection = settings.detection
     if tokens_per_second and texts_per_second:
@@ -137,14 +138,31 @@ def _estimate(
         rates = forecast.Rates(
             found.engine, tokens_per_second or found.tokens_per_s, texts_per_second or found.texts_per_s, found.start_s
         )
-    whole = detection.iterations * detection.samples
-    margins = [detection.stop_at_margin] if detection.stop_at_margin else [0.01, 0.005]
-    plans = [(f"{detection.iterations} x {detection.samples:,} samples", whole)]
-    for margin in margins:
-        needed = min(samples_needed(margin), whole)
-        plans.append((f"stop_at_margin {margin:g}: at most {needed:,} samples", needed))
-    for line in forecast.lines(rates, plans, max_tokens=detection.max_tokens, block=detection.block):
+    for line in forecast.lines(rates, list(_sizes(settings)), block=detection.block):
         say(line)
+    if detection.control:
+        count = len(settings.domains)
+        say(
+            f"all but the paper's include the control group: {count * detection.control:,} samples more "
+            f"({count} domains x detection.control)"
+        )
+
+
+def _sizes(settings: "MixtureConfig") -> Iterator["Size"]:
+    """The detection as it is set, the paper's, and those that stop at a margin, each with its control group."""
+    from vtmix import forecast
+    from vtmix.estimate import samples_needed
+
+    detection = settings.detection
+    whole, control = detection.iterations * detection.samples, len(settings.domains) * detection.control
+    own = f"{detection.iterations} x {detection.samples:,} samples of {detection.max_tokens} tokens"
+    yield forecast.Size(own, whole + control, detection.max_tokens)
+    yield forecast.PAPER
+    for margin in [detection.stop_at_margin] if detection.stop_at_margin else [0.01, 0.005]:
+        needed = forecast.whole_rounds(samples_needed(margin), iterations=detection.iterations, block=detection.block)
+        most = min(needed, whole)
+        name = f"stop_at_margin {margin:g}: at most {most:,} samples"
+        yield forecast.Size(name, most + control, detection.max_tokens)
 
 
 def _detect(settings: "MixtureConfig") -> None:

@@ -12,9 +12,10 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from vtmix.artifacts import RunFolder
@@ -25,6 +26,17 @@ PREFIX = "vtmix-ray-"
 UPLOADED = ("runtime_resources", "working_dir_files")
 LONGEST_BASE = 16  # a unix socket's path holds 107 bytes, of which Ray and the folders here take 91
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "auto", "local")
+
+
+class Reserved(NamedTuple):
+    """What one actor reserves, or one node has."""
+
+    cpus: float
+    gpus: float
+
+    def __str__(self) -> str:
+        return f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
+
 
 # Ray reads a process's token once and keeps it, so every cluster this process starts has to have the same one.
 _TOKEN = secrets.token_hex(32)
@@ -66,17 +78,35 @@ def require_durable(run: RunFolder) -> None:
             )
 
 
-def require_resources(cpus: float, gpus: float) -> None:
-    """Raises ConfigError when the connected cluster has less than a pipeline reserves, which would wait for ever."""
+def require_resources(actors: Sequence[Reserved]) -> None:
+    """Raises ConfigError when the connected cluster cannot hold these actors, which would wait for ever.
+
+    It has to have what all of them reserve, and for each a node that has what that one reserves.
+    """
     import ray
 
     found = ray.cluster_resources()
-    for name, needed in (("CPU", cpus), ("GPU", gpus)):
+    for name, needed in zip(("CPU", "GPU"), map(math.fsum, zip(*actors, strict=True)), strict=True):
         if needed > found.get(name, 0):
             raise ConfigError(
                 f"the Ray cluster has {found.get(name, 0):g} {name}s, and the stages reserve {needed:g}: "
                 "add nodes, or lower `actors`, `cpus` or `gpus` of the stages in mixture.yaml"
             )
+    nodes = [Reserved(has.get("CPU", 0), has.get("GPU", 0)) for has in _living()]
+    for actor in actors:
+        if not any(actor.cpus <= node.cpus and actor.gpus <= node.gpus for node in nodes):
+            there = " or ".join(dict.fromkeys(map(str, sorted(nodes, reverse=True))))
+            raise ConfigError(
+                f"a node of the Ray cluster has {there}, and one actor reserves {actor}: add a larger node, or lower "
+                "`cpus`, `gpus` or `tensor_parallel` of the stages in mixture.yaml"
+            )
+
+
+def _living() -> list[dict[str, float]]:
+    """What each living node of the connected cluster has."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _uploaded_copy(path: Path) -> Path | None:

@@ -6,14 +6,20 @@ made from it, and it differs from machine to machine.
 
 import heapq
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vtmix.errors import DamageError, MissingError
 
 RATES = "rates.jsonl"
+REMEDY = (
+    "give --tokens-per-second and --texts-per-second, or run `vtmix detect` with a few samples in a run folder of its "
+    "own (detection.samples: 512, iterations: 1), then `vtmix detect --estimate --run THAT_FOLDER`"
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,17 @@ class Rates:
     """Classified by one classifying actor."""
     start_s: float
     """From a connected cluster to the first block's first token: imports and the model's weights."""
+
+
+class Size(NamedTuple):
+    """How much a detection draws."""
+
+    name: str
+    samples: int
+    max_tokens: int
+
+
+PAPER = Size("the paper's 5 x 40,000 samples of 256 tokens", 5 * 40_000, 256)
 
 
 class Stopwatch:
@@ -67,18 +84,22 @@ class Stopwatch:
 def measured(path: Path) -> Rates:
     """The rates of the last run that drew samples.
 
-    Raises MissingError when none did, DamageError when the log cannot be read.
+    Raises MissingError when none did, or it generated nothing; DamageError when the log cannot be read.
     """
     try:
         last = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-        return Rates(**{name: last[name] for name in Rates.__dataclass_fields__})
+        rates = Rates(**{name: last[name] for name in Rates.__dataclass_fields__})
+        silent = not (rates.tokens_per_s > 0 and rates.texts_per_s > 0)
     except FileNotFoundError:
-        raise MissingError(
-            f"{path}: not found, nothing was measured yet: run `vtmix detect` with a few samples in a run folder of "
-            "its own (detection.samples: 512, iterations: 1), or give --tokens-per-second and --texts-per-second"
-        ) from None
+        raise MissingError(f"{path}: not found, nothing was measured yet: {REMEDY}") from None
     except (ValueError, IndexError, KeyError, TypeError) as error:
         raise DamageError(f"{path}: its last line does not hold rates ({error}): delete the file") from None
+    if silent:
+        raise MissingError(
+            f"{path}: the last run generated {rates.tokens_per_s:g} tokens/s and classified {rates.texts_per_s:g} "
+            f"texts/s, from which nothing follows: {REMEDY}"
+        )
+    return rates
 
 
 def seconds(rates: Rates, *, samples: int, max_tokens: int, block: int, generating: int, classifying: int) -> float:
@@ -105,20 +126,26 @@ def _through(jobs: Sequence[tuple[float, float]], actors: int) -> list[float]:
     return done
 
 
-def lines(rates: Rates, plans: Sequence[tuple[str, int]], *, max_tokens: int, block: int) -> list[str]:
-    """A table in words: what each plan (name, samples) takes on 1, 8 and 64 devices, by these rates."""
+def whole_rounds(samples: int, *, iterations: int, block: int) -> int:
+    """The samples of as many whole rounds as hold so many: a detection stops at a round's end only."""
+    return math.ceil(samples / (iterations * block)) * iterations * block
+
+
+def lines(rates: Rates, sizes: Sequence[Size], *, block: int) -> list[str]:
+    """A table in words: what each size takes on 1, 8 and 64 devices, by these rates."""
     counts = (1, 8, 64)
     speeds = f"{rates.tokens_per_s:,.0f} tokens/s generated and {rates.texts_per_s:,.0f} texts/s classified per actor"
+    width = max(len(size.name) for size in sizes)
     found = [
-        f"by {rates.engine}: {speeds}, {rates.start_s:.0f} s to start, {max_tokens} tokens per sample",
-        f"{'':<44}" + "".join(f"{f'{count} actor' + 's' * (count > 1):>14}" for count in counts),
+        f"by {rates.engine}: {speeds}, {rates.start_s:.0f} s to start",
+        f"{'':<{width}}" + "".join(f"{f'{count} actor' + 's' * (count > 1):>14}" for count in counts),
     ]
-    for name, samples in plans:
+    for name, samples, tokens in sizes:
         took = [
-            seconds(rates, samples=samples, max_tokens=max_tokens, block=block, generating=count, classifying=count)
+            seconds(rates, samples=samples, max_tokens=tokens, block=block, generating=count, classifying=count)
             for count in counts
         ]
-        found.append(f"{name:<44}" + "".join(f"{_duration(value):>14}" for value in took))
+        found.append(f"{name:<{width}}" + "".join(f"{_duration(value):>14}" for value in took))
     return found
 
 

@@ -121,7 +121,7 @@ def _on_ray(jobs: Sequence[Job]) -> Iterator[tuple[Job, ReferenceLoss]]:
     settings = jobs[0].settings
     with cluster.connect(settings.resources.cpus):
         gpus = _gpus(settings, ray.cluster_resources().get("GPU", 0))
-        cluster.require_resources(settings.resources.cpus, gpus)
+        cluster.require_resources([cluster.Reserved(settings.resources.cpus, gpus)])
         task: Any = ray.remote(num_cpus=settings.resources.cpus, num_gpus=gpus)(train_domain)
         pending = {task.remote(job): job for job in jobs}
         while pending:

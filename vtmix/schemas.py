@@ -4,19 +4,21 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import TypeAdapter
 
 from vtmix import artifacts
 from vtmix.checkpoints import Checkpoint
+from vtmix.classify import MeasuredClassifier
 from vtmix.probe import FittedProbe
 from vtmix.settings import MixtureConfig
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
-ARTEFACTS: dict[str, type[artifacts.Artefact]] = {
+ARTEFACTS: dict[str, Any] = {
     "pool": artifacts.PoolManifest,
-    "classifier": FittedProbe,
+    "classifier": FittedProbe | MeasuredClassifier,  # a judge is measured, not fitted
     "detection": artifacts.DetectionReport,
     "reference": artifacts.Reference,
     "losses": artifacts.Losses,
@@ -29,10 +31,10 @@ ARTEFACTS: dict[str, type[artifacts.Artefact]] = {
 
 def schemas() -> Iterator[tuple[str, str]]:
     """File name and content of every schema."""
-    models: dict[str, type[BaseModel]] = {"mixture": MixtureConfig, **ARTEFACTS}
+    models: dict[str, Any] = {"mixture": MixtureConfig, **ARTEFACTS}
     for name, model in models.items():
-        mode = "validation" if name == "mixture" else "serialization"
-        content = {"$schema": DIALECT, **model.model_json_schema(mode=mode)}  # type: ignore[arg-type]
+        mode: Literal["validation", "serialization"] = "validation" if name == "mixture" else "serialization"
+        content = {"$schema": DIALECT, **TypeAdapter(model).json_schema(mode=mode)}
         yield f"{name}.schema.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 

@@ -6,19 +6,27 @@ from pathlib import Path
 import polars as pl
 
 from vtmix.errors import DamageError, MissingError
+from vtmix.published import label
 from vtmix.samples import CONTROL, UNCLASSIFIED, probability_columns
+from vtmix.settings import PublishedName
 
 CHARACTERS = 300
 
 
-def show(folder: Path, domains: Sequence[str], count: int) -> Iterator[str]:
+def show(folder: Path, domains: Sequence[str], count: int, published: PublishedName | None = None) -> Iterator[str]:
     """Lines that show, per domain, the first `count` samples that are most likely of it, and those of none.
 
-    The first are as good as any: samples are independent. Raises MissingError when no sample is committed yet.
+    The first are as good as any: samples are independent. Raises MissingError when no sample is committed yet, or none
+    ever will be since the distribution is a published one.
     """
     files = [
         path for path in folder.glob("iteration-*/part-*.parquet") if path.parent.name != f"iteration-{CONTROL:02d}"
     ]
+    if not files and published:
+        raise MissingError(
+            f"{folder} holds no samples: the distribution is {label(published)}. To draw some of your model's, remove "
+            "detection.published and run `vtmix detect` in another run folder (--run)"
+        )
     if not files:
         raise MissingError(f"{folder} holds no samples yet: run `vtmix detect` first")
     columns = probability_columns(domains)

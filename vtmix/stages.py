@@ -19,6 +19,7 @@ import numpy as np
 
 from vtmix import cluster
 from vtmix.classify import Classifier, Matrix, sound
+from vtmix.cluster import Reserved
 from vtmix.distribute import cores
 from vtmix.errors import DetectionError
 from vtmix.generate import Openings
@@ -56,9 +57,9 @@ class Stage:
         return self.spread if there or self.device.startswith("cuda") else 0
 
     @property
-    def all_gpus(self) -> float:
-        """GPUs reserved by all its actors; needs a connected cluster."""
-        return self.resources.actors * self.gpus
+    def reserved(self) -> list[Reserved]:
+        """What each of its actors reserves; needs a connected cluster."""
+        return [Reserved(self.resources.cpus, self.gpus)] * self.resources.actors
 
     @property
     def _threads(self) -> int | None:
@@ -108,9 +109,7 @@ def draw(
     Needs a connected cluster. Raises ConfigError when the stages reserve more than it has, DetectionError when a
     worker gives up.
     """
-    cluster.require_resources(
-        generating.resources.all_cpus + classifying.resources.all_cpus, generating.all_gpus + classifying.all_gpus
-    )
+    cluster.require_resources(generating.reserved + classifying.reserved)
     rows = _rows([{"block": list(block), "openings": json.dumps(found)} for block, found in blocks.items()])
     files = classifying.mapped(generating.mapped(rows, _Generate, parts), _Classify, parts)
     for row in _results(files):
@@ -119,7 +118,7 @@ def draw(
 
 def judge(texts: Mapping[str, Sequence[str]], classifying: Stage) -> Iterator[tuple[str, int, Matrix]]:
     """Classifies labelled texts; yields (domain, place of the first text, probabilities), in any order."""
-    cluster.require_resources(classifying.resources.all_cpus, classifying.all_gpus)
+    cluster.require_resources(classifying.reserved)
     rows = _rows(
         [
             {"domain": domain, "start": start, "texts": list(found[start : start + TEXTS_PER_ROW])}
