@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vtmix.classify import blank
 from vtmix.encode import load_tokenizer
 from vtmix.errors import ConfigError, DetectionError
 from vtmix.judge import EndpointJudge, read_reply
@@ -43,7 +44,7 @@ def test_the_prompt_shows_every_domain_behind_its_marker_and_the_text():
 def test_whatever_a_text_holds_it_is_put_as_it_is(text, characters):
     prompts = asked(prompt="{options}|{text}|", characters=characters).ask(text)
     shown = text[:characters].encode(errors="replace").decode()
-    assert prompts == ([f"A. law\nB. medicine\nC. code|{shown}|"] if shown.strip() else [])
+    assert prompts == ([f"A. law\nB. medicine\nC. code|{shown}|"] if not blank(shown) else [])
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_a_lone_surrogate_is_replaced_since_it_cannot_be_sent():
     assert prompt.encode()
 
 
-@pytest.mark.parametrize("text", ["", " ", "\n\t\u2003"])
+@pytest.mark.parametrize("text", ["", " ", "\n\t\u2003", "\ufffd" * 9, "\x00\x1b \ufffd\u200b"])
 def test_nothing_is_asked_about_a_blank_text(text):
     assert asked(permutations=3).ask(text) == []
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from vtmix.classify import Matrix
+from vtmix.classify import Matrix, blank
 from vtmix.errors import ConfigError, listing
 from vtmix.settings import Question
 
@@ -49,7 +49,7 @@ class Inquiry:
     def ask(self, text: str) -> list[str]:
         """The prompts about a text, one per order; none about a blank one. Long texts are cut."""
         text = text[: self.characters].encode(errors="replace").decode()  # a lone surrogate cannot be sent
-        return [self.render(order, text) for order in self.orders] if text.strip() else []
+        return [] if blank(text) else [self.render(order, text) for order in self.orders]
 
     def render(self, order: tuple[int, ...], text: str) -> str:
         """The prompt about a text, with the options in this order."""
