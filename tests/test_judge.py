@@ -81,12 +81,18 @@ def test_rotations_are_different_orders_and_all_of_them_put_everything_everywher
 def test_rows_are_probabilities_whatever_the_answers(count, data):
     turns = data.draw(st.integers(1, count))
     names = [f"d{number}" for number in range(count)]
-    one = st.lists(st.floats(0, 1.001), min_size=count, max_size=count)
+    one = st.lists(st.floats(), min_size=count, max_size=count)
     answers = data.draw(st.lists(st.lists(one, min_size=turns, max_size=turns), max_size=4))
     rows = asked(names, permutations=turns).tally(answers)
     assert rows.shape == (len(answers), count + 1)
     assert (rows >= 0).all()
     np.testing.assert_allclose(rows.sum(axis=1), 1, atol=1e-12)
+
+
+@pytest.mark.parametrize("overflown", [np.nan, np.inf, -np.inf])
+def test_a_turn_that_overflowed_is_no_answer_and_the_other_turns_are(overflown):
+    rows = asked(permutations=3).tally([[[overflown, 0.5, 0.5]] * 3, [[0.5, 0, 0], [0.5, overflown, 0], [0, 0, 0]]])
+    assert rows.tolist() == [[0, 0, 0, 1], [0.5 / 3, 0, 0, 1 - 0.5 / 3]]
 
 
 @given(st.lists(st.floats(0, 1), min_size=3, max_size=3).filter(lambda shares: 0 < sum(shares) <= 1))

@@ -59,8 +59,12 @@ class Inquiry:
         return re.sub("|".join(map(re.escape, fields)), lambda field: fields[field[0]], self.prompt)
 
     def tally(self, answers: npt.ArrayLike) -> Matrix:
-        """Marker probabilities by place (n, p, k), zeros where there was no answer → rows (n, k + 1) that sum to 1."""
+        """Marker probabilities by place (n, p, k), zeros where there was no answer → rows (n, k + 1) that sum to 1.
+
+        A turn with a number that is none was no answer: half precision overflows.
+        """
         found = np.asarray(answers, np.float64).reshape(-1, len(self.orders), len(self.options))
+        found = np.clip(np.where(np.isfinite(found).all(axis=2, keepdims=True), found, 0), 0, 1)
         shares = np.zeros((len(found), len(self.options)))
         for turn, order in enumerate(self.orders):
             shares[:, order] += found[:, turn] / len(self.orders)
