@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import log
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -22,6 +22,9 @@ from vtmix.errors import ConfigError, DetectionError
 from vtmix.judge import EndpointJudge, read_reply
 from vtmix.question import inquiry, marker_probabilities, marker_tokens, rotations
 from vtmix.settings import Endpoint, Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 DOMAINS = ("law", "medicine", "code")
 KEY = "sk-0123456789-secret"
@@ -131,6 +134,16 @@ def test_a_question_that_does_not_fit_the_domains_says_why(settings, complaint):
         asked(**settings)
 
 
+@pytest.mark.parametrize("markers", [("12", "1", "2"), ("law", "medicine", "lawyer")])
+def test_markers_of_which_one_begins_another_are_refused_of_an_endpoint_alone(markers):
+    endpoint = Endpoint(kind="endpoint", url="http://127.0.0.1/v1", model="m", markers=markers)
+    pair = "'1' and '12'" if "1" in markers else "'law' and 'lawyer'"
+    for refusing in (lambda: inquiry(endpoint, DOMAINS, 100), lambda: EndpointJudge(endpoint, DOMAINS, 100)):
+        with pytest.raises(ConfigError, match=f"markers {pair} begin alike"):
+            refusing()
+    assert asked(markers=markers).markers == markers
+
+
 def test_everything_wrong_with_a_question_is_named_at_once():
     with pytest.raises(ConfigError) as error:
         asked(prompt="Which?", markers=("A",), permutations=9)
@@ -165,6 +178,36 @@ def test_a_marker_counts_with_and_without_a_space_where_each_is_one_token(tokeni
 def test_markers_that_begin_alike_are_both_named(tokenizer):
     with pytest.raises(ConfigError, match="markers 'X1' and 'X2' begin with the same token"):
         marker_tokens(tokenizer, ["A", "X1", "X2"])
+
+
+def sentence_pieces(letters: str) -> "PreTrainedTokenizerFast":
+    """A tokenizer that puts a mark before a text and writes spaces as it, as Llama 2's: of single letters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "▁", "\n", *letters, *(f"▁{letter}" for letter in letters)]
+    model = models.BPE(
+        {piece: number for number, piece in enumerate(pieces)},
+        [("▁", letter) for letter in letters],
+        unk_token="<unk>",
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def test_a_marker_at_the_beginning_of_a_line_counts_where_texts_begin_with_a_mark():
+    tokenizer = sentence_pieces("ABx")
+    spelled = [tokenizer.convert_ids_to_tokens(own) for own in marker_tokens(tokenizer, ["A", "B"])]
+    assert spelled == [["▁A", "A"], ["▁B", "B"]]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("x\nA").input_ids)[-1] == "A"
+
+
+def test_a_piece_that_is_spelled_as_a_marker_but_is_another_is_not_it(tokenizer):
+    assert "é" in tokenizer.get_vocab()  # which spells a byte
+    (own,) = marker_tokens(tokenizer, ["é"])
+    assert own == tokenizer("é", add_special_tokens=False).input_ids[:1]
 
 
 def test_tokens_are_read_as_the_only_marker_they_begin():

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from vtmix.classify import Matrix, blank
 from vtmix.errors import ConfigError, listing
-from vtmix.settings import Question
+from vtmix.settings import Endpoint, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -89,6 +89,8 @@ def inquiry(settings: Question, domains: Sequence[str], characters: int) -> Inqu
         wrong.append(f"markers {', '.join(map(repr, bad))} are blank or begin or end with whitespace")
     if twice := sorted({marker for marker in markers if markers.count(marker) > 1}):
         wrong.append(f"markers {', '.join(map(repr, twice))} stand for more than one domain")
+    if isinstance(settings, Endpoint) and (alike := _beginnings(markers)):
+        wrong.append(f"markers {alike} begin alike, and a server may answer with a part of one: set others, as A, B, …")
     if settings.permutations > count:
         wrong.append(f"permutations is {settings.permutations}, expected at most the number of domains ({count})")
     if wrong:
@@ -102,6 +104,12 @@ def inquiry(settings: Question, domains: Sequence[str], characters: int) -> Inqu
     )
 
 
+def _beginnings(markers: Sequence[str]) -> str:
+    """The pairs of different markers of which one begins the other, as an error names them."""
+    pairs = [(one, other) for one in markers if one for other in markers if one != other and other.startswith(one)]
+    return ", ".join(f"{one!r} and {other!r}" for one, other in pairs)
+
+
 def rotations(count: int, turns: int) -> tuple[tuple[int, ...], ...]:
     """`turns` orders of `count` things, each the first one rotated, evenly spaced: with turns = count, everything
     stands at every place once.
@@ -110,8 +118,9 @@ def rotations(count: int, turns: int) -> tuple[tuple[int, ...], ...]:
 
 
 def marker_tokens(tokenizer: "PreTrainedTokenizerFast", markers: Sequence[str]) -> list[list[int]]:
-    """Per marker, the ids of the tokens that are read as it: the first of its own, and the one of it after a space.
+    """Per marker, the ids of the tokens that are read as it: the first of its own, and each that is it as a whole.
 
+    With and without a space: SentencePiece puts one before a text, but an answer that begins a line has none.
     Raises ConfigError naming the markers that begin with the same token.
     """
     first: dict[int, str] = {}
@@ -125,13 +134,17 @@ def marker_tokens(tokenizer: "PreTrainedTokenizerFast", markers: Sequence[str]) 
                 "tokenizer, so their answers cannot be told apart: set markers to others, such as single letters"
             )
         first[ids[0]] = marker
+    vocabulary = tokenizer.get_vocab()
     tokens = [[own] for own in first]
     taken = set(first)
     for place, marker in enumerate(markers):
         spaced = tokenizer(f" {marker}", add_special_tokens=False).input_ids
-        if len(spaced) == 1 and spaced[0] not in taken:
-            tokens[place] += spaced
-            taken |= {*spaced}
+        spelled = [vocabulary.get(space + marker) for space in ("", *SPACES)]
+        for one in [*spaced[: len(spaced) == 1], *spelled]:
+            # As spelled in the vocabulary it may be another: bytes are spelled as letters there.
+            if one is not None and one not in taken and tokenizer.decode([one]).strip() == marker:
+                tokens[place].append(one)
+                taken.add(one)
     return tokens
 
 
