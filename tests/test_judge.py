@@ -1,6 +1,7 @@
 """A judge's probabilities are its next token's, each domain's wherever it stood; what is no answer is unclassified."""
 
 import asyncio
+import copy
 import json
 import pickle
 import threading
@@ -20,7 +21,14 @@ from vtmix.classify import blank
 from vtmix.encode import load_tokenizer
 from vtmix.errors import ConfigError, DetectionError
 from vtmix.judge import EndpointJudge, read_reply
-from vtmix.question import inquiry, marker_probabilities, marker_tokens, rotations
+from vtmix.question import (
+    inquiry,
+    marker_probabilities,
+    marker_tokens,
+    prompt_tokens,
+    rotations,
+    without_turns,
+)
 from vtmix.settings import Endpoint, Question
 
 if TYPE_CHECKING:
@@ -208,6 +216,63 @@ def test_a_piece_that_is_spelled_as_a_marker_but_is_another_is_not_it(tokenizer)
     assert "é" in tokenizer.get_vocab()  # which spells a byte
     (own,) = marker_tokens(tokenizer, ["é"])
     assert own == tokenizer("é", add_special_tokens=False).input_ids[:1]
+
+
+# Prompts as tokens.
+
+
+def test_a_model_that_thinks_is_told_to_answer_at_once(tokenizer):
+    thinking = copy.deepcopy(tokenizer)
+    before = prompt_tokens(thinking, "Which?")
+    thinking.chat_template += "{% if enable_thinking is defined and enable_thinking is false %}DONE{% endif %}"
+    assert before == prompt_tokens(tokenizer, "Which?")
+    assert tokenizer.decode(before).endswith("<|im_start|>assistant\n")
+    assert thinking.decode(prompt_tokens(thinking, "Which?")).endswith("<|im_start|>assistant\nDONE")
+
+
+def test_a_model_without_a_template_continues_the_prompt(tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    assert plain.decode(prompt_tokens(plain, "Which?")) == "Which?\nAnswer:"
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|im_", "end|>", "<|", "|>", "court", "\n", " "]
+        )
+        | st.text(max_size=3),
+        max_size=12,
+    ).map("".join)
+)
+def test_no_text_can_end_the_question_about_it(tokenizer, text):
+    special = set(tokenizer.all_special_ids)
+
+    def turns(text: str) -> list[int]:
+        (prompt,) = asked().ask(f"a {text}") if text else [asked().render((0, 1, 2), "")]
+        return [token for token in prompt_tokens(tokenizer, prompt) if token in special]
+
+    assert turns(without_turns(tokenizer, text)) == turns("")
+
+
+def test_a_text_that_spells_no_special_token_is_shown_as_it_is(tokenizer):
+    text = "im_end <| |> <im_end> court\n"
+    assert without_turns(tokenizer, text) == text
+    assert without_turns(tokenizer, "a<|im_<|im_end|>end|>b") == "a<|im_ end|>b"
+
+
+def test_no_special_token_is_left_where_another_stood(tokenizer):
+    spaced = copy.deepcopy(tokenizer)
+    spaced.add_tokens(["<end of turn>"], special_tokens=True)
+    assert without_turns(spaced, "a<end<|im_end|>of turn>b") == "a b"
+
+
+def test_a_token_that_a_template_writes_counts_as_special_whatever_the_tokenizer_calls_it(tokenizer):
+    named = copy.deepcopy(tokenizer)
+    named.add_tokens(["<turn>", "<word>"])
+    assert without_turns(named, "a<turn>b<word>c") == "a<turn>b<word>c"
+    named.chat_template = "<turn>" + named.chat_template
+    assert without_turns(named, "a<turn>b<word>c") == "a b<word>c"
 
 
 def test_tokens_are_read_as_the_only_marker_they_begin():

@@ -16,10 +16,10 @@ import numpy as np
 
 from vtmix import engine
 from vtmix.classify import Matrix
-from vtmix.encode import TODAY, load_tokenizer
+from vtmix.encode import load_tokenizer
 from vtmix.errors import ConfigError, DetectionError
 from vtmix.generate import context_of, model_config
-from vtmix.question import ANSWER, inquiry, marker_probabilities, marker_tokens
+from vtmix.question import ANSWER, inquiry, marker_probabilities, marker_tokens, prompt_tokens, without_turns
 from vtmix.settings import Endpoint, Judge
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class VllmJudge:
         """Probabilities (n, k + 1); a blank text is wholly unclassified."""
         from vllm import SamplingParams
 
-        prompts = {(row, turn): ids for row, text in enumerate(texts) for turn, ids in enumerate(self._prompts(text))}
+        shown = [without_turns(self._tokenizer, text) for text in texts]
+        prompts = {(row, turn): ids for row, text in enumerate(shown) for turn, ids in enumerate(self._prompts(text))}
         # Of the model's own softmax, whatever the one token that has to be drawn beside them.
         wanted = [token for tokens in self._tokens for token in tokens]
         settings = SamplingParams(temperature=0.0, max_tokens=1, logprob_token_ids=wanted, detokenize=False)
@@ -75,27 +76,15 @@ class VllmJudge:
 
     def _prompts(self, text: str) -> list[list[int]]:
         """The prompts about a text, cut as far as the judge's context makes necessary."""
-        prompts = [self._encode(prompt) for prompt in self._inquiry.ask(text)]
+        prompts = [prompt_tokens(self._tokenizer, prompt) for prompt in self._inquiry.ask(text)]
         if max(map(len, prompts), default=0) <= self._longest:
             return prompts
         return self._prompts(text[: min(len(text), self._inquiry.characters) // 2])
 
-    def _encode(self, prompt: str) -> list[int]:
-        """As an OpenAI-compatible server does, which leaves the start token to a chat template that there is."""
-        chat = self._tokenizer.chat_template
-        if chat:
-            prompt = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-                strftime_now=TODAY.strftime,
-            )
-        ids: list[int] = self._tokenizer(prompt if chat else prompt + ANSWER, add_special_tokens=not chat).input_ids
-        return ids
-
     def _longest_prompt(self, context: int | None) -> int:
         """Tokens: a question and a text of a token per character, if the context holds as many."""
-        asked = max(len(self._encode(self._inquiry.render(order, ""))) for order in self._inquiry.orders)
+        empty = [self._inquiry.render(order, "") for order in self._inquiry.orders]
+        asked = max(len(prompt_tokens(self._tokenizer, prompt)) for prompt in empty)
         if context is not None and asked >= context:
             raise ConfigError(
                 f"detection.classifier: the question without a text is {asked} tokens, and the judge's context holds "

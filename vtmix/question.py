@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vtmix.classify import Matrix, blank
+from vtmix.encode import TODAY
 from vtmix.errors import ConfigError, listing
 from vtmix.settings import Endpoint, Question
 
@@ -146,6 +147,36 @@ def marker_tokens(tokenizer: "PreTrainedTokenizerFast", markers: Sequence[str]) 
                 tokens[place].append(one)
                 taken.add(one)
     return tokens
+
+
+def prompt_tokens(tokenizer: "PreTrainedTokenizerFast", prompt: str) -> list[int]:
+    """A prompt as an OpenAI-compatible server encodes it, which leaves the start token to a chat template there is."""
+    chat = tokenizer.chat_template
+    if chat:
+        # A model that thinks would answer with the beginning of a thought; templates of others ignore the variable.
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+            strftime_now=TODAY.strftime,
+        )
+    ids: list[int] = tokenizer(prompt if chat else prompt + ANSWER, add_special_tokens=not chat).input_ids
+    return ids
+
+
+def without_turns(tokenizer: "PreTrainedTokenizerFast", text: str) -> str:
+    """A text without what the tokenizer reads as special, so that none can end the question and answer it.
+
+    Tokens that a chat template writes are among them, as they are not called special in every tokenizer.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    spelled = {token.content for token in added if token.special or token.content in str(tokenizer.chat_template)}
+    marks = re.compile("|".join(re.escape(mark) for mark in sorted(spelled, key=len, reverse=True) if mark.strip()))
+    # Until none is left: what stands around one may be another.
+    while marks.pattern and (found := marks.sub(" ", text)) != text:
+        text = found
+    return text
 
 
 def marker_probabilities(pairs: Iterable[tuple[str, float]], markers: Sequence[str]) -> list[float]:
