@@ -7,20 +7,22 @@ import pickle
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import log
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vtmix import judge as judges
 from vtmix.classify import blank
 from vtmix.encode import load_tokenizer
 from vtmix.errors import ConfigError, DetectionError
-from vtmix.judge import EndpointJudge, read_reply
+from vtmix.judge import EndpointJudge, pause, read_reply
 from vtmix.question import (
     inquiry,
     marker_probabilities,
@@ -353,7 +355,16 @@ def test_log_probabilities_are_read_from_both_interfaces(reply):
 
 # An endpoint.
 
-Reply = tuple[int, bytes]
+Reply = tuple[int, bytes] | tuple[int, bytes, dict[str, str]] | tuple[int, bytes, dict[str, str], float]
+
+
+class Sent(NamedTuple):
+    """What a server sends: headers beside the usual ones, or in their place, and a pause before each byte."""
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str] = MappingProxyType({})
+    seconds: float = 0
 
 
 class Server:
@@ -379,16 +390,19 @@ class Server:
                     number = len(outer.requests)
                 try:
                     prompt = body["messages"][0]["content"] if "messages" in body else body["prompt"]
-                    status, reply = answer(prompt, number)
+                    sent = Sent(*answer(prompt, number))
                 finally:
                     with outer.lock:
                         outer.under_way -= 1
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(reply)))
-                self.send_header("retry-after-ms", "10")
+                usual = {"Content-Type": "application/json", "Content-Length": str(len(sent.body))}
+                self.send_response(sent.status)
+                for header in {**usual, **sent.headers}.items():
+                    self.send_header(*header)
                 self.end_headers()
-                self.wfile.write(reply)
+                for part in [sent.body[i : i + 1] for i in range(len(sent.body))] if sent.seconds else [sent.body]:
+                    time.sleep(sent.seconds)
+                    self.wfile.write(part)
+                self.close_connection = "Content-Length" in sent.headers
 
             def log_message(self, *arguments: object) -> None:
                 pass
@@ -429,6 +443,11 @@ def serve() -> Iterator[Callable[..., Server]]:
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(judges, "FIRST_PAUSE", 0.01)
 
 
 def judge(server: Server, characters=100, **settings):
@@ -504,6 +523,53 @@ def test_a_server_that_recovers_is_asked_again(serve, status):
     rows = judge(server, concurrency=1)([f"about {domain}" for domain in DOMAINS])
     assert rows.argmax(axis=1).tolist() == [0, 1, 2]
     assert len(server.requests) == 1 + 3 + len(failing)
+
+
+@pytest.mark.parametrize(("asked_for", "seconds"), [("0", 0), ("1", 1), ("300", 0.2), ("soon", 0)])
+def test_a_server_is_given_the_pause_it_asks_for_but_none_without_end(serve, monkeypatch, asked_for, seconds):
+    if asked_for == "300":  # for which the client would not wait at all
+        monkeypatch.setattr(judges, "LONGEST_ASKED", 0.2)
+    busy = (429, b"{}", {"Retry-After": asked_for})
+    times: list[float] = []
+
+    def answer(prompt: str, number: int) -> Reply:
+        times.append(time.monotonic())
+        return busy if number == 2 else by_place(prompt, number)
+
+    assert judge(serve(answer))(["about law"]).argmax() == 0
+    assert len(times) == 3
+    assert seconds <= times[2] - times[1] < seconds + 5
+
+
+@given(st.integers(0, 10_000), st.text() | st.integers(0).map(str))
+def test_pauses_grow_to_a_limit_and_are_as_long_as_asked_for(attempt, asked_for):
+    seconds = pause(attempt, asked_for)
+    assert min(0.01 * 2 ** min(attempt, 20), 60) / 2 <= seconds <= 600
+    if asked_for.isascii() and asked_for.isdigit():
+        assert seconds >= min(int(asked_for), 600)
+
+
+def test_a_server_that_drips_is_given_up_and_asked_again(serve):
+    server = serve(lambda prompt, number: (*by_place(prompt, number), {}, 0.05 if number == 2 else 0))
+    assert judge(server, timeout=1)(["about law"]).argmax() == 0
+    assert len(server.requests) == 3
+
+
+def test_a_reply_that_breaks_off_is_asked_for_again(serve):
+    def broken_off(prompt: str, number: int) -> Reply:
+        status, reply = by_place(prompt, number)
+        return status, reply, {"Content-Length": str(len(reply) + 100)} if number == 2 else {}
+
+    server = serve(broken_off)
+    assert judge(server)(["about law"]).argmax() == 0
+    assert len(server.requests) == 3
+
+
+def test_a_server_that_never_replies_in_time_is_named_with_the_time(serve):
+    server = serve(lambda prompt, number: (*by_place(prompt, number), {}, 0.05))
+    with pytest.raises(DetectionError, match=r"does not answer after 1 retries: no whole reply within 0\.2 s: see to"):
+        judge(server, timeout=0.2, retries=1)(["about law"])
+    assert len(server.requests) == 2
 
 
 def test_a_request_that_hangs_is_given_up_and_made_again(serve):

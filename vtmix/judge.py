@@ -8,8 +8,9 @@ import ipaddress
 import json
 import math
 import os
+import random
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -35,7 +36,10 @@ ABOUT_THE_PROMPT = frozenset({400, 413, 422})
 """Status codes of a request refused for what is in it: a text too long, or not to the server's taste."""
 
 RETRIED = frozenset({408, 409, 429})
-"""Status codes, beside 500 and above, after which the client asks again."""
+"""Status codes, beside 500 and above, after which the request is made again."""
+
+FIRST_PAUSE, LONGEST_PAUSE, LONGEST_ASKED = 0.5, 60.0, 600.0
+"""Seconds before a request is made again: at first, after many failures, and at most where the server says how long."""
 
 
 class VllmJudge:
@@ -123,9 +127,9 @@ class EndpointJudge:
         from openai import AsyncOpenAI
 
         settings = self._settings
-        async with AsyncOpenAI(
-            base_url=settings.url, api_key=_key(settings), timeout=settings.timeout, max_retries=settings.retries
-        ) as client:
+        # How long a request may take, and when it is made again, is for _send to say: the client's timeout is one for
+        # each piece of a reply, and it gives up where a server asks for a pause of more than two minutes.
+        async with AsyncOpenAI(base_url=settings.url, api_key=_key(settings), timeout=None, max_retries=0) as client:
             await self._try_once(client)
             turns = asyncio.Semaphore(settings.concurrency)
             tasks = [asyncio.create_task(self._ask(client, prompt, turns)) for prompt in prompts]
@@ -152,45 +156,81 @@ class EndpointJudge:
 
     async def _send(self, client: "AsyncOpenAI", prompt: str) -> bytes:
         """The server's reply to a prompt, as it came; empty where it refuses the prompt, but did answer another."""
-        import openai
-
         settings = self._settings
-        # At temperature 1, servers that apply it to log-probabilities leave them as they are.
-        common: dict[str, Any] = {"model": settings.model, "max_tokens": 1, "temperature": 1.0, "top_p": 1.0}
-        try:
-            if settings.api == "chat":
-                message = {"role": "user", "content": prompt}
-                reply = await client.chat.completions.with_raw_response.create(
-                    messages=[message], logprobs=True, top_logprobs=TOP, **common
-                )
-            else:
-                reply = await client.completions.with_raw_response.create(
-                    prompt=prompt + ANSWER, logprobs=TOP, **common
-                )
-            content: bytes = reply.http_response.content
-        except openai.APIStatusError as error:
-            if self._tried and error.status_code in ABOUT_THE_PROMPT:
+        attempt = 0
+        while True:
+            found = await self._attempt(client, prompt)
+            if isinstance(found, bytes):
+                return found
+            if self._tried and found.status in ABOUT_THE_PROMPT:
                 return b""
-            retried = error.status_code in RETRIED or error.status_code >= 500
-            problem = f"does not answer after {settings.retries} retries" if retried else "refuses to answer"
-            reason = str(error)
-        except openai.OpenAIError as error:
-            problem = f"does not answer after {settings.retries} retries"
-            reason = f"{error} {error.__cause__ or ''}"
-        else:
-            return content
-        reason = self._without_key(reason)[: engine.LONGEST_REASON]
-        # Out of the clauses above: the errors caught there hold the request, and with it the key.
+            if not found.passing or attempt == settings.retries:
+                break
+            await asyncio.sleep(pause(attempt, found.asked_for))
+            attempt += 1
+        problem = f"does not answer after {settings.retries} retries" if found.passing else "refuses to answer"
         raise DetectionError(
-            f"the judge at {_shown(settings.url)} {problem}: {reason}: see to url, "
+            f"the judge at {_shown(settings.url)} {problem}: {found.reason}: see to url, "
             f"model, api and key (the variable {settings.key}) of detection.classifier, and run again"
         )
 
+    async def _attempt(self, client: "AsyncOpenAI", prompt: str) -> "bytes | _Failure":
+        """One request. A failure is returned, not raised: the client's errors hold the request, and with it the key."""
+        import openai
+
+        try:
+            async with asyncio.timeout(self._settings.timeout):
+                return await self._request(client, prompt)
+        except TimeoutError:
+            return _Failure(f"no whole reply within {self._settings.timeout:g} s")
+        except openai.APIStatusError as error:
+            asked_for = error.response.headers.get("retry-after", "")
+            return _Failure(self._without_key(str(error)), error.status_code, asked_for)
+        except openai.OpenAIError as error:
+            return _Failure(self._without_key(f"{error} {error.__cause__ or ''}"))
+
+    async def _request(self, client: "AsyncOpenAI", prompt: str) -> bytes:
+        settings = self._settings
+        # At temperature 1, servers that apply it to log-probabilities leave them as they are.
+        common: dict[str, Any] = {"model": settings.model, "max_tokens": 1, "temperature": 1.0, "top_p": 1.0}
+        if settings.api == "chat":
+            message = {"role": "user", "content": prompt}
+            reply = await client.chat.completions.with_raw_response.create(
+                messages=[message], logprobs=True, top_logprobs=TOP, **common
+            )
+        else:
+            reply = await client.completions.with_raw_response.create(prompt=prompt + ANSWER, logprobs=TOP, **common)
+        content: bytes = reply.http_response.content
+        return content
+
     def _without_key(self, message: str) -> str:
-        """A message in one line: servers repeat what they are sent."""
+        """A message in one short line: servers repeat what they are sent."""
         line = " ".join(message.split())
         key = os.environ.get(self._settings.key, "").strip()
-        return line.replace(key, "…") if key else line
+        return (line.replace(key, "…") if key else line)[: engine.LONGEST_REASON]
+
+
+class _Failure(NamedTuple):
+    """Why there is no reply: the server's status, None where it gave none, and the pause it asks for (Retry-After)."""
+
+    reason: str
+    status: int | None = None
+    asked_for: str = ""
+
+    @property
+    def passing(self) -> bool:
+        """Whether the same request may be answered later."""
+        return self.status is None or self.status in RETRIED or self.status >= 500
+
+
+def pause(attempt: int, asked_for: str) -> float:
+    """Seconds to wait after the attempt of this number, from 0: at least as many as the server asks for.
+
+    They grow, and half of them is chance: requests that failed together are not to come together again.
+    """
+    growing = min(FIRST_PAUSE * 2.0 ** min(attempt, 30), LONGEST_PAUSE) * random.uniform(0.5, 1)  # noqa: S311
+    # Retry-After may be a date too, which is not heeded: the pauses grow in any case.
+    return max(growing, min(float(asked_for), LONGEST_ASKED)) if asked_for.isdecimal() else growing
 
 
 def read_reply(reply: bytes) -> list[tuple[str, float]]:
