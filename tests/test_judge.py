@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from vtmix import judge as judges
 from vtmix.classify import blank
@@ -491,6 +492,13 @@ def test_what_is_asked_is_one_token_of_the_models_own_distribution(serve, api, r
         assert sent["prompt"].endswith("\nAnswer:")
 
 
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_what_a_server_wants_besides_is_in_every_request(serve, api):
+    server = serve(lambda prompt, number: (200, chat({"B": 0.5})))
+    judge(server, api=api, extra_body={"chat_template_kwargs": {"enable_thinking": False}})(["a text"])
+    assert [sent["chat_template_kwargs"] for sent in server.requests] == [{"enable_thinking": False}] * 2
+
+
 def test_blank_texts_are_not_sent(serve):
     server = serve(by_place)
     assert judge(server)(["", " \n"]).tolist() == [[0, 0, 0, 1]] * 2
@@ -690,11 +698,26 @@ def test_a_key_that_cannot_be_sent_is_refused_unseen(value, monkeypatch):
     assert value not in str(error.value)
 
 
-def test_a_password_in_the_url_is_not_shown(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(ConfigError, match=r"at https://api\.example\.com/v1: export") as error:
-        EndpointJudge(Endpoint(kind="endpoint", url="https://me:hush@api.example.com/v1", model="m"), DOMAINS, 100)
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://me:hush@api.example.com/v1",
+        "https://hush@api.example.com",
+        "https://api.example.com/v1?key=hush",
+        "ftp://me:hush@api.example.com/v1",
+        "me:hush@api.example.com/v1",
+        "https://me:hush@[api/v1",
+    ],
+)
+def test_a_secret_in_the_url_is_refused_unseen(url):
+    with pytest.raises(ValidationError, match="url holds a user, a password or a query") as error:
+        Endpoint(kind="endpoint", url=url, model="m")
     assert "hush" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["http://[::1]:8000/v1", "https://api.example.com/models/m@001"])
+def test_a_url_without_a_secret_is_taken_as_it_is(url):
+    assert Endpoint(kind="endpoint", url=url, model="m").url == url
 
 
 def test_an_endpoint_can_be_asked_from_several_threads(serve):

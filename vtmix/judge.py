@@ -144,7 +144,7 @@ class EndpointJudge:
         """Raises DetectionError when the server does not answer as it has to about a text that is beyond reproach."""
         if not self._tried and not read_reply(await self._send(client, self._inquiry.ask("A text.")[0])):
             raise DetectionError(
-                f"the judge at {_shown(self._settings.url)} replies without log-probabilities, from which answers are "
+                f"the judge at {self._settings.url} replies without log-probabilities, from which answers are "
                 "read: take a server that gives them, or another detection.classifier.api"
             )
         self._tried = True
@@ -170,7 +170,7 @@ class EndpointJudge:
             attempt += 1
         problem = f"does not answer after {settings.retries} retries" if found.passing else "refuses to answer"
         raise DetectionError(
-            f"the judge at {_shown(settings.url)} {problem}: {found.reason}: see to url, "
+            f"the judge at {settings.url} {problem}: {found.reason}: see to url, "
             f"model, api and key (the variable {settings.key}) of detection.classifier, and run again"
         )
 
@@ -193,6 +193,7 @@ class EndpointJudge:
         settings = self._settings
         # At temperature 1, servers that apply it to log-probabilities leave them as they are.
         common: dict[str, Any] = {"model": settings.model, "max_tokens": 1, "temperature": 1.0, "top_p": 1.0}
+        common["extra_body"] = settings.extra_body
         if settings.api == "chat":
             message = {"role": "user", "content": prompt}
             reply = await client.chat.completions.with_raw_response.create(
@@ -256,7 +257,7 @@ def _key(settings: Endpoint) -> str:
     if not key and not _is_loopback(urlsplit(settings.url).hostname or ""):
         raise ConfigError(
             f"the environment variable {settings.key} is not set, expected it to hold the key for the judge at "
-            f"{_shown(settings.url)}: export it where detection runs, or name another in detection.classifier.key"
+            f"{settings.url}: export it where detection runs, or name another in detection.classifier.key"
         )
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(f"the environment variable {settings.key} holds characters that no key has: set it anew")
@@ -268,9 +269,3 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _shown(url: str) -> str:
-    """A URL without the user and password it may hold."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
