@@ -2,7 +2,9 @@
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +136,17 @@ def project(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
     return write
 
 
+NODES_KEY = secrets.token_hex(24)
+"""What the variable NODES_KEY holds where the session's cluster runs, and nowhere else."""
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One cluster for all tests of a session, with room for two generating actors."""
     from vtmix import cluster
 
-    with cluster.connect(cpus=4):
+    with ExitStack() as until_done:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("NODES_KEY", NODES_KEY)
+            until_done.enter_context(cluster.connect(cpus=4))
         yield

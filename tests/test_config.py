@@ -1,5 +1,6 @@
 """A configuration is understood in full or refused in full, in words that say how to mend it."""
 
+import datetime
 import json
 
 import pytest
@@ -158,3 +159,21 @@ def test_openings_that_leave_nothing_to_continue_are_refused(tmp_path):
     detection = {"control": 4, "opening": 8, "max_tokens": 8}
     assert "openings of 8 tokens leave nothing" in refusal(tmp_path, {**MINIMAL, "detection": detection})
     load(tmp_path, {**MINIMAL, "detection": {**detection, "control": 0}})
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"url": "https://me:hush@api.example.com/v1"}, "url holds a user, a password or a query"),
+        ({"url": "ftp://me:hush@api.example.com/v1"}, "url holds a user, a password or a query"),
+        ({"url": "https://api.example.com/v1?key=hush"}, "url holds a user, a password or a query"),
+        ({"extra_body": {"model": "n", "seed": 1, "top_p": 0}}, "extra_body holds 'model', 'top_p', which vtmix sets"),
+        ({"extra_body": {"day": datetime.date(2025, 1, 1)}}, "extra_body.day"),
+    ],
+)
+def test_what_an_endpoint_cannot_be_given_is_refused_and_no_secret_repeated(tmp_path, changed, sentence):
+    endpoint = {"kind": "endpoint", "url": "http://127.0.0.1/v1", "model": "m", **changed}
+    message = refusal(tmp_path, MINIMAL | {"detection": {"classifier": endpoint}})
+    assert sentence in message
+    assert "hush" not in message
+    assert len(message.splitlines()) == 1

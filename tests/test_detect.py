@@ -19,8 +19,9 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import WORDS, records, write_jsonl
+from conftest import NODES_KEY, WORDS, records, write_jsonl
 from test_generate import altered, silent
+from test_judge import Server, chat
 
 from vtmix import commit, detect, estimate, forecast, loop, pool, pooling, published, show, stages
 from vtmix.artifacts import DetectionReport, run_folder
@@ -548,17 +549,39 @@ def test_odd_generations_are_counted_and_the_rest_is_renormalised(world):
     samples = [[text, [3] * min(len(text), 10_000), "length"] for text in texts]
     (block,) = parts.blocks
     parts.publish(block, classify({"block": list(block), "samples": json.dumps(samples), "generating": 0.0})["part"])
-    with pytest.raises(DetectionError, match=r"25\.0% of the mass"):
+    with pytest.raises(DetectionError, match=r"50\.0% of the mass"):
         detect.detect(config)
     before = stamps_of(world.detected("odd") / "iteration-01")
-    report = detect.detect(world.config("odd", samples=8, iterations=1, max_unclassified=0.3))
+    report = detect.detect(world.config("odd", samples=8, iterations=1, max_unclassified=0.6))
     assert stamps_of(world.detected("odd") / "iteration-01") == before
-    assert (report.samples, report.unclassified) == (8, 0.25)
-    assert sum(share.mean for share in report.shares.values()) == pytest.approx(0.75)
+    assert (report.samples, report.unclassified) == (8, 0.5)
+    assert sum(share.mean for share in report.shares.values()) == pytest.approx(0.5)
     assert sum(report.distribution.values()) == pytest.approx(1)
     assert rows_of(world.detected("odd"))["text"].to_list() == texts
-    with pytest.raises(DetectionError, match="25"):
+    with pytest.raises(DetectionError, match="50"):
         detect.detect(config)
+
+
+def test_a_judge_behind_an_endpoint_gives_shares_and_its_key_is_written_nowhere(world, ray_cluster):
+    import ray
+
+    with Server(lambda prompt, number: (200, chat({"A": 0.5, "B": 0.25}))) as server:
+        judge = {"kind": "endpoint", "url": server.url, "model": "m", "key": "NODES_KEY", "heldout": 5}
+        report = detect.detect(
+            world.config("endpoint", classifier=judge, samples=16, iterations=1, max_unclassified=0.9)
+        )
+    law, medicine, code = (report.shares[name].mean for name in ("law", "medicine", "code"))
+    assert law == pytest.approx(2 * medicine)
+    assert (law > 0.25, code) == (True, 0)
+    assert law + medicine + report.unclassified == pytest.approx(1)
+    assert report.classifier.heldout_texts == 15
+    assert {headers["authorization"] for headers in server.headers} == {f"Bearer {NODES_KEY}"}
+
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    files = [path for folder in (world.folder, session.parent) for path in folder.rglob("*") if path.is_file()]
+    assert any(path.name == "detection.json" and "endpoint" in path.parts for path in files)
+    assert any("worker" in path.name and session in path.parents for path in files)
+    assert [path for path in files if NODES_KEY.encode() in path.read_bytes()] == []
 
 
 def test_samples_are_neither_lost_nor_invented_between_the_stages(golden, world):

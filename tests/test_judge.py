@@ -1,26 +1,41 @@
 """A judge's probabilities are its next token's, each domain's wherever it stood; what is no answer is unclassified."""
 
 import asyncio
+import copy
 import json
 import pickle
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import log
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from vtmix import judge as judges
+from vtmix.classify import blank
 from vtmix.encode import load_tokenizer
 from vtmix.errors import ConfigError, DetectionError
-from vtmix.judge import EndpointJudge, read_reply
-from vtmix.question import inquiry, marker_probabilities, marker_tokens, rotations
+from vtmix.judge import EndpointJudge, pause, read_reply
+from vtmix.question import (
+    inquiry,
+    marker_probabilities,
+    marker_tokens,
+    prompt_tokens,
+    rotations,
+    without_turns,
+)
 from vtmix.settings import Endpoint, Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 DOMAINS = ("law", "medicine", "code")
 KEY = "sk-0123456789-secret"
@@ -43,7 +58,7 @@ def test_the_prompt_shows_every_domain_behind_its_marker_and_the_text():
 def test_whatever_a_text_holds_it_is_put_as_it_is(text, characters):
     prompts = asked(prompt="{options}|{text}|", characters=characters).ask(text)
     shown = text[:characters].encode(errors="replace").decode()
-    assert prompts == ([f"A. law\nB. medicine\nC. code|{shown}|"] if shown.strip() else [])
+    assert prompts == ([f"A. law\nB. medicine\nC. code|{shown}|"] if not blank(shown) else [])
 
 
 @pytest.mark.parametrize(
@@ -60,7 +75,7 @@ def test_a_lone_surrogate_is_replaced_since_it_cannot_be_sent():
     assert prompt.encode()
 
 
-@pytest.mark.parametrize("text", ["", " ", "\n\t\u2003"])
+@pytest.mark.parametrize("text", ["", " ", "\n\t\u2003", "\ufffd" * 9, "\x00\x1b \ufffd\u200b"])
 def test_nothing_is_asked_about_a_blank_text(text):
     assert asked(permutations=3).ask(text) == []
 
@@ -80,12 +95,18 @@ def test_rotations_are_different_orders_and_all_of_them_put_everything_everywher
 def test_rows_are_probabilities_whatever_the_answers(count, data):
     turns = data.draw(st.integers(1, count))
     names = [f"d{number}" for number in range(count)]
-    one = st.lists(st.floats(0, 1.001), min_size=count, max_size=count)
+    one = st.lists(st.floats(), min_size=count, max_size=count)
     answers = data.draw(st.lists(st.lists(one, min_size=turns, max_size=turns), max_size=4))
     rows = asked(names, permutations=turns).tally(answers)
     assert rows.shape == (len(answers), count + 1)
     assert (rows >= 0).all()
     np.testing.assert_allclose(rows.sum(axis=1), 1, atol=1e-12)
+
+
+@pytest.mark.parametrize("overflown", [np.nan, np.inf, -np.inf])
+def test_a_turn_that_overflowed_is_no_answer_and_the_other_turns_are(overflown):
+    rows = asked(permutations=3).tally([[[overflown, 0.5, 0.5]] * 3, [[0.5, 0, 0], [0.5, overflown, 0], [0, 0, 0]]])
+    assert rows.tolist() == [[0, 0, 0, 1], [0.5 / 3, 0, 0, 1 - 0.5 / 3]]
 
 
 @given(st.lists(st.floats(0, 1), min_size=3, max_size=3).filter(lambda shares: 0 < sum(shares) <= 1))
@@ -124,6 +145,16 @@ def test_a_question_that_does_not_fit_the_domains_says_why(settings, complaint):
         asked(**settings)
 
 
+@pytest.mark.parametrize("markers", [("12", "1", "2"), ("law", "medicine", "lawyer")])
+def test_markers_of_which_one_begins_another_are_refused_of_an_endpoint_alone(markers):
+    endpoint = Endpoint(kind="endpoint", url="http://127.0.0.1/v1", model="m", markers=markers)
+    pair = "'1' and '12'" if "1" in markers else "'law' and 'lawyer'"
+    for refusing in (lambda: inquiry(endpoint, DOMAINS, 100), lambda: EndpointJudge(endpoint, DOMAINS, 100)):
+        with pytest.raises(ConfigError, match=f"markers {pair} begin alike"):
+            refusing()
+    assert asked(markers=markers).markers == markers
+
+
 def test_everything_wrong_with_a_question_is_named_at_once():
     with pytest.raises(ConfigError) as error:
         asked(prompt="Which?", markers=("A",), permutations=9)
@@ -158,6 +189,93 @@ def test_a_marker_counts_with_and_without_a_space_where_each_is_one_token(tokeni
 def test_markers_that_begin_alike_are_both_named(tokenizer):
     with pytest.raises(ConfigError, match="markers 'X1' and 'X2' begin with the same token"):
         marker_tokens(tokenizer, ["A", "X1", "X2"])
+
+
+def sentence_pieces(letters: str) -> "PreTrainedTokenizerFast":
+    """A tokenizer that puts a mark before a text and writes spaces as it, as Llama 2's: of single letters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "▁", "\n", *letters, *(f"▁{letter}" for letter in letters)]
+    model = models.BPE(
+        {piece: number for number, piece in enumerate(pieces)},
+        [("▁", letter) for letter in letters],
+        unk_token="<unk>",
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def test_a_marker_at_the_beginning_of_a_line_counts_where_texts_begin_with_a_mark():
+    tokenizer = sentence_pieces("ABx")
+    spelled = [tokenizer.convert_ids_to_tokens(own) for own in marker_tokens(tokenizer, ["A", "B"])]
+    assert spelled == [["▁A", "A"], ["▁B", "B"]]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("x\nA").input_ids)[-1] == "A"
+
+
+def test_a_piece_that_is_spelled_as_a_marker_but_is_another_is_not_it(tokenizer):
+    assert "é" in tokenizer.get_vocab()  # which spells a byte
+    (own,) = marker_tokens(tokenizer, ["é"])
+    assert own == tokenizer("é", add_special_tokens=False).input_ids[:1]
+
+
+# Prompts as tokens.
+
+
+def test_a_model_that_thinks_is_told_to_answer_at_once(tokenizer):
+    thinking = copy.deepcopy(tokenizer)
+    before = prompt_tokens(thinking, "Which?")
+    thinking.chat_template += "{% if enable_thinking is defined and enable_thinking is false %}DONE{% endif %}"
+    assert before == prompt_tokens(tokenizer, "Which?")
+    assert tokenizer.decode(before).endswith("<|im_start|>assistant\n")
+    assert thinking.decode(prompt_tokens(thinking, "Which?")).endswith("<|im_start|>assistant\nDONE")
+
+
+def test_a_model_without_a_template_continues_the_prompt(tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    assert plain.decode(prompt_tokens(plain, "Which?")) == "Which?\nAnswer:"
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|im_", "end|>", "<|", "|>", "court", "\n", " "]
+        )
+        | st.text(max_size=3),
+        max_size=12,
+    ).map("".join)
+)
+def test_no_text_can_end_the_question_about_it(tokenizer, text):
+    special = set(tokenizer.all_special_ids)
+
+    def turns(text: str) -> list[int]:
+        (prompt,) = asked().ask(f"a {text}") if text else [asked().render((0, 1, 2), "")]
+        return [token for token in prompt_tokens(tokenizer, prompt) if token in special]
+
+    assert turns(without_turns(tokenizer, text)) == turns("")
+
+
+def test_a_text_that_spells_no_special_token_is_shown_as_it_is(tokenizer):
+    text = "im_end <| |> <im_end> court\n"
+    assert without_turns(tokenizer, text) == text
+    assert without_turns(tokenizer, "a<|im_<|im_end|>end|>b") == "a<|im_ end|>b"
+
+
+def test_no_special_token_is_left_where_another_stood(tokenizer):
+    spaced = copy.deepcopy(tokenizer)
+    spaced.add_tokens(["<end of turn>"], special_tokens=True)
+    assert without_turns(spaced, "a<end<|im_end|>of turn>b") == "a b"
+
+
+def test_a_token_that_a_template_writes_counts_as_special_whatever_the_tokenizer_calls_it(tokenizer):
+    named = copy.deepcopy(tokenizer)
+    named.add_tokens(["<turn>", "<word>"])
+    assert without_turns(named, "a<turn>b<word>c") == "a<turn>b<word>c"
+    named.chat_template = "<turn>" + named.chat_template
+    assert without_turns(named, "a<turn>b<word>c") == "a b<word>c"
 
 
 def test_tokens_are_read_as_the_only_marker_they_begin():
@@ -238,7 +356,16 @@ def test_log_probabilities_are_read_from_both_interfaces(reply):
 
 # An endpoint.
 
-Reply = tuple[int, bytes]
+Reply = tuple[int, bytes] | tuple[int, bytes, dict[str, str]] | tuple[int, bytes, dict[str, str], float]
+
+
+class Sent(NamedTuple):
+    """What a server sends: headers beside the usual ones, or in their place, and a pause before each byte."""
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str] = MappingProxyType({})
+    seconds: float = 0
 
 
 class Server:
@@ -264,16 +391,19 @@ class Server:
                     number = len(outer.requests)
                 try:
                     prompt = body["messages"][0]["content"] if "messages" in body else body["prompt"]
-                    status, reply = answer(prompt, number)
+                    sent = Sent(*answer(prompt, number))
                 finally:
                     with outer.lock:
                         outer.under_way -= 1
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(reply)))
-                self.send_header("retry-after-ms", "10")
+                usual = {"Content-Type": "application/json", "Content-Length": str(len(sent.body))}
+                self.send_response(sent.status)
+                for header in {**usual, **sent.headers}.items():
+                    self.send_header(*header)
                 self.end_headers()
-                self.wfile.write(reply)
+                for part in [sent.body[i : i + 1] for i in range(len(sent.body))] if sent.seconds else [sent.body]:
+                    time.sleep(sent.seconds)
+                    self.wfile.write(part)
+                self.close_connection = "Content-Length" in sent.headers
 
             def log_message(self, *arguments: object) -> None:
                 pass
@@ -314,6 +444,11 @@ def serve() -> Iterator[Callable[..., Server]]:
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(judges, "FIRST_PAUSE", 0.01)
 
 
 def judge(server: Server, characters=100, **settings):
@@ -357,6 +492,13 @@ def test_what_is_asked_is_one_token_of_the_models_own_distribution(serve, api, r
         assert sent["prompt"].endswith("\nAnswer:")
 
 
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_what_a_server_wants_besides_is_in_every_request(serve, api):
+    server = serve(lambda prompt, number: (200, chat({"B": 0.5})))
+    judge(server, api=api, extra_body={"chat_template_kwargs": {"enable_thinking": False}})(["a text"])
+    assert [sent["chat_template_kwargs"] for sent in server.requests] == [{"enable_thinking": False}] * 2
+
+
 def test_blank_texts_are_not_sent(serve):
     server = serve(by_place)
     assert judge(server)(["", " \n"]).tolist() == [[0, 0, 0, 1]] * 2
@@ -389,6 +531,53 @@ def test_a_server_that_recovers_is_asked_again(serve, status):
     rows = judge(server, concurrency=1)([f"about {domain}" for domain in DOMAINS])
     assert rows.argmax(axis=1).tolist() == [0, 1, 2]
     assert len(server.requests) == 1 + 3 + len(failing)
+
+
+@pytest.mark.parametrize(("asked_for", "seconds"), [("0", 0), ("1", 1), ("300", 0.2), ("soon", 0)])
+def test_a_server_is_given_the_pause_it_asks_for_but_none_without_end(serve, monkeypatch, asked_for, seconds):
+    if asked_for == "300":  # for which the client would not wait at all
+        monkeypatch.setattr(judges, "LONGEST_ASKED", 0.2)
+    busy = (429, b"{}", {"Retry-After": asked_for})
+    times: list[float] = []
+
+    def answer(prompt: str, number: int) -> Reply:
+        times.append(time.monotonic())
+        return busy if number == 2 else by_place(prompt, number)
+
+    assert judge(serve(answer))(["about law"]).argmax() == 0
+    assert len(times) == 3
+    assert seconds <= times[2] - times[1] < seconds + 5
+
+
+@given(st.integers(0, 10_000), st.text() | st.integers(0).map(str))
+def test_pauses_grow_to_a_limit_and_are_as_long_as_asked_for(attempt, asked_for):
+    seconds = pause(attempt, asked_for)
+    assert min(0.01 * 2 ** min(attempt, 20), 60) / 2 <= seconds <= 600
+    if asked_for.isascii() and asked_for.isdigit():
+        assert seconds >= min(int(asked_for), 600)
+
+
+def test_a_server_that_drips_is_given_up_and_asked_again(serve):
+    server = serve(lambda prompt, number: (*by_place(prompt, number), {}, 0.05 if number == 2 else 0))
+    assert judge(server, timeout=1)(["about law"]).argmax() == 0
+    assert len(server.requests) == 3
+
+
+def test_a_reply_that_breaks_off_is_asked_for_again(serve):
+    def broken_off(prompt: str, number: int) -> Reply:
+        status, reply = by_place(prompt, number)
+        return status, reply, {"Content-Length": str(len(reply) + 100)} if number == 2 else {}
+
+    server = serve(broken_off)
+    assert judge(server)(["about law"]).argmax() == 0
+    assert len(server.requests) == 3
+
+
+def test_a_server_that_never_replies_in_time_is_named_with_the_time(serve):
+    server = serve(lambda prompt, number: (*by_place(prompt, number), {}, 0.05))
+    with pytest.raises(DetectionError, match=r"does not answer after 1 retries: no whole reply within 0\.2 s: see to"):
+        judge(server, timeout=0.2, retries=1)(["about law"])
+    assert len(server.requests) == 2
 
 
 def test_a_request_that_hangs_is_given_up_and_made_again(serve):
@@ -509,11 +698,26 @@ def test_a_key_that_cannot_be_sent_is_refused_unseen(value, monkeypatch):
     assert value not in str(error.value)
 
 
-def test_a_password_in_the_url_is_not_shown(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(ConfigError, match=r"at https://api\.example\.com/v1: export") as error:
-        EndpointJudge(Endpoint(kind="endpoint", url="https://me:hush@api.example.com/v1", model="m"), DOMAINS, 100)
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://me:hush@api.example.com/v1",
+        "https://hush@api.example.com",
+        "https://api.example.com/v1?key=hush",
+        "ftp://me:hush@api.example.com/v1",
+        "me:hush@api.example.com/v1",
+        "https://me:hush@[api/v1",
+    ],
+)
+def test_a_secret_in_the_url_is_refused_unseen(url):
+    with pytest.raises(ValidationError, match="url holds a user, a password or a query") as error:
+        Endpoint(kind="endpoint", url=url, model="m")
     assert "hush" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["http://[::1]:8000/v1", "https://api.example.com/models/m@001"])
+def test_a_url_without_a_secret_is_taken_as_it_is(url):
+    assert Endpoint(kind="endpoint", url=url, model="m").url == url
 
 
 def test_an_endpoint_can_be_asked_from_several_threads(serve):

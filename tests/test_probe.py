@@ -7,9 +7,11 @@ import sys
 import numpy as np
 import pytest
 from conftest import WORDS, sentence
+from hypothesis import given
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from vtmix.classify import CHARACTERS_PER_TOKEN, MeasuredClassifier, measure, publish_judged, read_judged
+from vtmix.classify import CHARACTERS_PER_TOKEN, MeasuredClassifier, blank, cut, measure, publish_judged, read_judged
 from vtmix.errors import DamageError, DetectionError, MissingError
 from vtmix.probe import FittedProbe, LinearProbe, StaticEmbedding, fit_probe
 
@@ -31,16 +33,26 @@ def test_rows_are_probabilities_over_domains_in_order_and_the_unclassified_mass(
     assert rows[:3].argmax(axis=1).tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("text", ["", " ", "\n\t  \n"])
+@pytest.mark.parametrize("text", ["", " ", "\n\t  \n", "\ufffd" * 50, "\x00", " \ufffd\x1b\ufeff\n"])
 def test_a_text_with_nothing_to_embed_is_wholly_unclassified(fitted, text):
     assert LinearProbe(fitted)([text]).tolist() == [[0, 0, 0, 1]]
 
 
-@pytest.mark.parametrize("text", ["\ufffd" * 50, "\x00", "x" * 100_000, "court " * 10_000, "\u202e\u200b🙂"])
+@pytest.mark.parametrize("text", ["court\ufffd\x00", "é", "x" * 100_000, "court " * 10_000, "\u202e\u200b🙂"])
 def test_odd_and_long_texts_are_judged_like_any(fitted, text):
     (row,) = LinearProbe(fitted)([text])
     assert np.isfinite(row).all()
     assert abs(row.sum() - 1) < 1e-12
+
+
+@given(st.text("\ufffd \n\x00\x7f\u200b"), st.characters(categories=["L", "N", "P", "S"], exclude_characters="\ufffd"))
+def test_a_text_is_blank_as_long_as_it_shows_no_character(nothing, shown):
+    assert blank(nothing)
+    assert not blank(nothing + shown + nothing)
+
+
+def test_labelled_texts_that_show_nothing_within_a_samples_length_are_left_out():
+    assert cut({"law": ["court", "\ufffd", " " * 40 + "court", "\x00court"]}, 4) == {"law": ["court", "\x00court"]}
 
 
 def test_no_texts_give_no_rows(fitted):

@@ -8,6 +8,7 @@ domains' own pools before it judges a sample, and every one of these judgements 
 
 import io
 import statistics
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Protocol
@@ -32,7 +33,10 @@ CHARACTERS_PER_TOKEN = 4
 
 
 class Classifier(Protocol):
-    """n texts → (n, k + 1): probabilities over the domains, then the unclassified mass; rows sum to 1."""
+    """n texts → (n, k + 1): probabilities over the domains, then the unclassified mass; rows sum to 1.
+
+    A blank text is wholly unclassified.
+    """
 
     def __call__(self, texts: Sequence[str]) -> Matrix:
         """Probabilities of n texts."""
@@ -55,10 +59,18 @@ class MeasuredClassifier(Artefact):
     report: Annotated[ClassifierReport, Field(description="measured on texts it was not fitted on")]
 
 
+def blank(text: str) -> bool:
+    """Whether a text shows nothing: whitespace, control and format characters, and U+FFFD, which stands for bytes that
+    are no character.
+    """
+    return all(one == "\ufffd" or one.isspace() or unicodedata.category(one) in ("Cc", "Cf") for one in text)
+
+
 def cut(texts: Mapping[str, Sequence[str]], max_tokens: int) -> dict[str, list[str]]:
-    """Labelled texts without the blank ones, of about the length of a sample: short texts are harder to judge."""
+    """Labelled texts of about the length of a sample, since short texts are harder to judge; none that is blank."""
     characters = max_tokens * CHARACTERS_PER_TOKEN
-    return {domain: [text[:characters] for text in found if text.strip()] for domain, found in texts.items()}
+    shown = {domain: [text[:characters] for text in found] for domain, found in texts.items()}
+    return {domain: [text for text in found if not blank(text)] for domain, found in shown.items()}
 
 
 def measure(kind: str, judged: Judged) -> ClassifierReport:

@@ -8,18 +8,19 @@ import ipaddress
 import json
 import math
 import os
+import random
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from vtmix import engine
 from vtmix.classify import Matrix
-from vtmix.encode import TODAY, load_tokenizer
+from vtmix.encode import load_tokenizer
 from vtmix.errors import ConfigError, DetectionError
 from vtmix.generate import context_of, model_config
-from vtmix.question import ANSWER, inquiry, marker_probabilities, marker_tokens
+from vtmix.question import ANSWER, inquiry, marker_probabilities, marker_tokens, prompt_tokens, without_turns
 from vtmix.settings import Endpoint, Judge
 
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ ABOUT_THE_PROMPT = frozenset({400, 413, 422})
 """Status codes of a request refused for what is in it: a text too long, or not to the server's taste."""
 
 RETRIED = frozenset({408, 409, 429})
-"""Status codes, beside 500 and above, after which the client asks again."""
+"""Status codes, beside 500 and above, after which the request is made again."""
+
+FIRST_PAUSE, LONGEST_PAUSE, LONGEST_ASKED = 0.5, 60.0, 600.0
+"""Seconds before a request is made again: at first, after many failures, and at most where the server says how long."""
 
 
 class VllmJudge:
@@ -61,7 +65,8 @@ class VllmJudge:
         """Probabilities (n, k + 1); a blank text is wholly unclassified."""
         from vllm import SamplingParams
 
-        prompts = {(row, turn): ids for row, text in enumerate(texts) for turn, ids in enumerate(self._prompts(text))}
+        shown = [without_turns(self._tokenizer, text) for text in texts]
+        prompts = {(row, turn): ids for row, text in enumerate(shown) for turn, ids in enumerate(self._prompts(text))}
         # Of the model's own softmax, whatever the one token that has to be drawn beside them.
         wanted = [token for tokens in self._tokens for token in tokens]
         settings = SamplingParams(temperature=0.0, max_tokens=1, logprob_token_ids=wanted, detokenize=False)
@@ -75,27 +80,15 @@ class VllmJudge:
 
     def _prompts(self, text: str) -> list[list[int]]:
         """The prompts about a text, cut as far as the judge's context makes necessary."""
-        prompts = [self._encode(prompt) for prompt in self._inquiry.ask(text)]
+        prompts = [prompt_tokens(self._tokenizer, prompt) for prompt in self._inquiry.ask(text)]
         if max(map(len, prompts), default=0) <= self._longest:
             return prompts
         return self._prompts(text[: min(len(text), self._inquiry.characters) // 2])
 
-    def _encode(self, prompt: str) -> list[int]:
-        """As an OpenAI-compatible server does, which leaves the start token to a chat template that there is."""
-        chat = self._tokenizer.chat_template
-        if chat:
-            prompt = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-                strftime_now=TODAY.strftime,
-            )
-        ids: list[int] = self._tokenizer(prompt if chat else prompt + ANSWER, add_special_tokens=not chat).input_ids
-        return ids
-
     def _longest_prompt(self, context: int | None) -> int:
         """Tokens: a question and a text of a token per character, if the context holds as many."""
-        asked = max(len(self._encode(self._inquiry.render(order, ""))) for order in self._inquiry.orders)
+        empty = [self._inquiry.render(order, "") for order in self._inquiry.orders]
+        asked = max(len(prompt_tokens(self._tokenizer, prompt)) for prompt in empty)
         if context is not None and asked >= context:
             raise ConfigError(
                 f"detection.classifier: the question without a text is {asked} tokens, and the judge's context holds "
@@ -134,9 +127,9 @@ class EndpointJudge:
         from openai import AsyncOpenAI
 
         settings = self._settings
-        async with AsyncOpenAI(
-            base_url=settings.url, api_key=_key(settings), timeout=settings.timeout, max_retries=settings.retries
-        ) as client:
+        # How long a request may take, and when it is made again, is for _send to say: the client's timeout is one for
+        # each piece of a reply, and it gives up where a server asks for a pause of more than two minutes.
+        async with AsyncOpenAI(base_url=settings.url, api_key=_key(settings), timeout=None, max_retries=0) as client:
             await self._try_once(client)
             turns = asyncio.Semaphore(settings.concurrency)
             tasks = [asyncio.create_task(self._ask(client, prompt, turns)) for prompt in prompts]
@@ -151,7 +144,7 @@ class EndpointJudge:
         """Raises DetectionError when the server does not answer as it has to about a text that is beyond reproach."""
         if not self._tried and not read_reply(await self._send(client, self._inquiry.ask("A text.")[0])):
             raise DetectionError(
-                f"the judge at {_shown(self._settings.url)} replies without log-probabilities, from which answers are "
+                f"the judge at {self._settings.url} replies without log-probabilities, from which answers are "
                 "read: take a server that gives them, or another detection.classifier.api"
             )
         self._tried = True
@@ -163,45 +156,82 @@ class EndpointJudge:
 
     async def _send(self, client: "AsyncOpenAI", prompt: str) -> bytes:
         """The server's reply to a prompt, as it came; empty where it refuses the prompt, but did answer another."""
-        import openai
-
         settings = self._settings
-        # At temperature 1, servers that apply it to log-probabilities leave them as they are.
-        common: dict[str, Any] = {"model": settings.model, "max_tokens": 1, "temperature": 1.0, "top_p": 1.0}
-        try:
-            if settings.api == "chat":
-                message = {"role": "user", "content": prompt}
-                reply = await client.chat.completions.with_raw_response.create(
-                    messages=[message], logprobs=True, top_logprobs=TOP, **common
-                )
-            else:
-                reply = await client.completions.with_raw_response.create(
-                    prompt=prompt + ANSWER, logprobs=TOP, **common
-                )
-            content: bytes = reply.http_response.content
-        except openai.APIStatusError as error:
-            if self._tried and error.status_code in ABOUT_THE_PROMPT:
+        attempt = 0
+        while True:
+            found = await self._attempt(client, prompt)
+            if isinstance(found, bytes):
+                return found
+            if self._tried and found.status in ABOUT_THE_PROMPT:
                 return b""
-            retried = error.status_code in RETRIED or error.status_code >= 500
-            problem = f"does not answer after {settings.retries} retries" if retried else "refuses to answer"
-            reason = str(error)
-        except openai.OpenAIError as error:
-            problem = f"does not answer after {settings.retries} retries"
-            reason = f"{error} {error.__cause__ or ''}"
-        else:
-            return content
-        reason = self._without_key(reason)[: engine.LONGEST_REASON]
-        # Out of the clauses above: the errors caught there hold the request, and with it the key.
+            if not found.passing or attempt == settings.retries:
+                break
+            await asyncio.sleep(pause(attempt, found.asked_for))
+            attempt += 1
+        problem = f"does not answer after {settings.retries} retries" if found.passing else "refuses to answer"
         raise DetectionError(
-            f"the judge at {_shown(settings.url)} {problem}: {reason}: see to url, "
+            f"the judge at {settings.url} {problem}: {found.reason}: see to url, "
             f"model, api and key (the variable {settings.key}) of detection.classifier, and run again"
         )
 
+    async def _attempt(self, client: "AsyncOpenAI", prompt: str) -> "bytes | _Failure":
+        """One request. A failure is returned, not raised: the client's errors hold the request, and with it the key."""
+        import openai
+
+        try:
+            async with asyncio.timeout(self._settings.timeout):
+                return await self._request(client, prompt)
+        except TimeoutError:
+            return _Failure(f"no whole reply within {self._settings.timeout:g} s")
+        except openai.APIStatusError as error:
+            asked_for = error.response.headers.get("retry-after", "")
+            return _Failure(self._without_key(str(error)), error.status_code, asked_for)
+        except openai.OpenAIError as error:
+            return _Failure(self._without_key(f"{error} {error.__cause__ or ''}"))
+
+    async def _request(self, client: "AsyncOpenAI", prompt: str) -> bytes:
+        settings = self._settings
+        # At temperature 1, servers that apply it to log-probabilities leave them as they are.
+        common: dict[str, Any] = {"model": settings.model, "max_tokens": 1, "temperature": 1.0, "top_p": 1.0}
+        common["extra_body"] = settings.extra_body
+        if settings.api == "chat":
+            message = {"role": "user", "content": prompt}
+            reply = await client.chat.completions.with_raw_response.create(
+                messages=[message], logprobs=True, top_logprobs=TOP, **common
+            )
+        else:
+            reply = await client.completions.with_raw_response.create(prompt=prompt + ANSWER, logprobs=TOP, **common)
+        content: bytes = reply.http_response.content
+        return content
+
     def _without_key(self, message: str) -> str:
-        """A message in one line: servers repeat what they are sent."""
+        """A message in one short line: servers repeat what they are sent."""
         line = " ".join(message.split())
         key = os.environ.get(self._settings.key, "").strip()
-        return line.replace(key, "…") if key else line
+        return (line.replace(key, "…") if key else line)[: engine.LONGEST_REASON]
+
+
+class _Failure(NamedTuple):
+    """Why there is no reply: the server's status, None where it gave none, and the pause it asks for (Retry-After)."""
+
+    reason: str
+    status: int | None = None
+    asked_for: str = ""
+
+    @property
+    def passing(self) -> bool:
+        """Whether the same request may be answered later."""
+        return self.status is None or self.status in RETRIED or self.status >= 500
+
+
+def pause(attempt: int, asked_for: str) -> float:
+    """Seconds to wait after the attempt of this number, from 0: at least as many as the server asks for.
+
+    They grow, and half of them is chance: requests that failed together are not to come together again.
+    """
+    growing = min(FIRST_PAUSE * 2.0 ** min(attempt, 30), LONGEST_PAUSE) * random.uniform(0.5, 1)  # noqa: S311
+    # Retry-After may be a date too, which is not heeded: the pauses grow in any case.
+    return max(growing, min(float(asked_for), LONGEST_ASKED)) if asked_for.isdecimal() else growing
 
 
 def read_reply(reply: bytes) -> list[tuple[str, float]]:
@@ -227,7 +257,7 @@ def _key(settings: Endpoint) -> str:
     if not key and not _is_loopback(urlsplit(settings.url).hostname or ""):
         raise ConfigError(
             f"the environment variable {settings.key} is not set, expected it to hold the key for the judge at "
-            f"{_shown(settings.url)}: export it where detection runs, or name another in detection.classifier.key"
+            f"{settings.url}: export it where detection runs, or name another in detection.classifier.key"
         )
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(f"the environment variable {settings.key} holds characters that no key has: set it anew")
@@ -239,9 +269,3 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _shown(url: str) -> str:
-    """A URL without the user and password it may hold."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from vtmix.artifacts import Inputs
-from vtmix.classify import Judged, Matrix, MeasuredClassifier, cut, measure
+from vtmix.classify import Judged, Matrix, MeasuredClassifier, blank, cut, measure
 from vtmix.errors import ConfigError, DetectionError, listing
 
 MIN_TEXTS = 10
@@ -68,9 +68,9 @@ class StaticEmbedding:
         self._tokenizer.no_truncation()
 
     def __call__(self, texts: Sequence[str]) -> Matrix:
-        """Unit vectors (n, 256); zeros for a text with nothing to embed."""
-        stripped = [text.strip() for text in texts]
-        encodings = self._tokenizer.encode_batch(stripped, add_special_tokens=False)
+        """Unit vectors (n, 256); zeros for a text with nothing to embed, as for every blank one."""
+        shown = ["" if blank(text) else text.strip() for text in texts]
+        encodings = self._tokenizer.encode_batch(shown, add_special_tokens=False)
         return np.array([self._embed(encoding.ids) for encoding in encodings]).reshape(len(texts), self._table.shape[1])
 
     def _embed(self, ids: list[int]) -> Matrix:

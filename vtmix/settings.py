@@ -6,10 +6,20 @@ mixture.yaml.
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PrivateAttr,
+    StringConstraints,
+    model_validator,
+)
 
 DOMAIN_PATTERN = r"^[a-z][a-z0-9_-]{0,31}$"
 
@@ -161,8 +171,17 @@ class Judge(Question, VllmEnvironment):
     model: Annotated[ModelField | None, Field(description="default: the model itself")] = None
 
 
+ASKED = frozenset(
+    {"model", "messages", "prompt", "logprobs", "top_logprobs", "temperature", "top_p", "max_tokens", "stream"}
+)
+"""Fields of a request to an endpoint that say what is asked, and how the answer is read."""
+
+
 class Endpoint(Question):
     """A judge behind an OpenAI-compatible server. The key is read from the environment and written nowhere."""
+
+    # An error that shows what it found may show a password.
+    model_config = ConfigDict(hide_input_in_errors=True)
 
     kind: Literal["endpoint"]
     url: Annotated[str, Field(pattern="^https?://", description="with its version: http://127.0.0.1:8000/v1")]
@@ -170,10 +189,39 @@ class Endpoint(Question):
     api: Annotated[
         Literal["chat", "completions"], Field(description="completions: for models without a chat template")
     ] = "chat"
+    extra_body: Annotated[
+        dict[str, JsonValue],
+        Field(
+            description="fields added to every request, for what a server calls otherwise: {chat_template_kwargs: "
+            "{enable_thinking: false}} for a model that thinks"
+        ),
+    ] = {}
     key: Annotated[str, Field(description="the environment variable that holds the key")] = "OPENAI_API_KEY"
     concurrency: Annotated[int, Field(ge=1, description="requests under way at a time, per actor")] = 32
     timeout: Annotated[float, Field(gt=0, description="seconds per request")] = 60
     retries: Annotated[int, Field(ge=0, description="after 429, 5xx and timeouts, with growing pauses")] = 8
+
+    # Before anything else is looked at: a complaint about another part of the URL would show it.
+    @model_validator(mode="before")
+    @classmethod
+    def _url_holds_no_secret(cls, value: Any) -> Any:
+        url = str(value.get("url")) if isinstance(value, dict) else ""
+        if re.match("[^/]*/*[^/]*@", url) or "?" in url:
+            raise ValueError(
+                "url holds a user, a password or a query, which would be written into what a run commits: give the "
+                "server's address alone, and its key in the environment variable that `key` names"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _question_stays_as_it_is(self) -> Self:
+        taken = sorted(ASKED & self.extra_body.keys())
+        if taken:
+            raise ValueError(
+                f"extra_body holds {', '.join(map(repr, taken))}, which vtmix sets itself: remove them (`model` and "
+                "`api` are settings of their own)"
+            )
+        return self
 
 
 class Resources(Model):
