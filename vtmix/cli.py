@@ -146,6 +146,8 @@ def _estimate(
             f"all but the paper's include the control group: {count * detection.control:,} samples more "
             f"({count} domains x detection.control)"
         )
+    if detection.correct:
+        say("corrected shares are known to a margin after more samples: how many is up to the classifier's confusion")
 
 
 def _sizes(settings: "MixtureConfig") -> Iterator["Size"]:
