@@ -25,6 +25,7 @@ from test_judge import Server, chat
 
 from vtmix import commit, detect, estimate, forecast, loop, pool, pooling, published, show, stages
 from vtmix.artifacts import DetectionReport, run_folder
+from vtmix.classify import blank
 from vtmix.config import load
 from vtmix.encode import load_tokenizer
 from vtmix.errors import ConfigError, ConflictError, DamageError, DetectionError, LockedError, MissingError
@@ -219,7 +220,7 @@ def test_parts_hold_what_their_schema_says(golden, tiny_model):
         for row in table.to_pylist():
             assert row["text"] == tokenizer.decode(row["token_ids"], skip_special_tokens=True)
             assert row["finish_reason"] == ("length" if row["tokens"] == 16 else "stop")
-            assert row["unclassified"] == (0 if row["text"].strip() else 1)
+            assert row["unclassified"] == blank(row["text"])
 
 
 def test_a_rerun_commits_nothing_and_loads_neither_torch_nor_ray(golden, world):
