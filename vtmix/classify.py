@@ -46,7 +46,7 @@ class Classifier(Protocol):
 def sound(judged: Matrix) -> Matrix:
     """Probabilities (n, k + 1) as a classifier gave them, with rows that are none, of infinities say, unclassified."""
     rows = judged.copy()
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         odd = ~((rows >= 0).all(axis=1) & np.isclose(rows.sum(axis=1), 1, rtol=0, atol=1e-9))
     rows[odd, :-1], rows[odd, -1] = 0.0, 1.0
     return rows
