@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
@@ -275,6 +276,14 @@ def test_a_domain_without_texts_to_measure_a_judge_with_is_named(world, monkeypa
         detect.detect(
             world.config("no-texts", classifier={"kind": "endpoint", "url": "http://127.0.0.1:9", "model": "m"})
         )
+
+
+def test_a_judge_that_knows_not_even_the_domains_own_texts_is_refused(world):
+    silent, knowing = np.array([[0.0, 0.0, 0.1, 0.9]] * 4), np.array([[0.2, 0.2, 0.2, 0.4]] * 4)
+    config = world.config("silent-judge", max_unclassified=0.5)
+    detect._refuse_silent_judge(dict.fromkeys(WORDS, knowing), config)
+    with pytest.raises(DetectionError, match=r"leaves 90\.0% of the domains' own texts unclassified"):
+        detect._refuse_silent_judge(dict.fromkeys(WORDS, silent), config)
 
 
 def test_arguments_that_may_change_what_an_engine_says_are_inputs(world):
