@@ -21,7 +21,7 @@ from pydantic import Field
 from vtmix import commit
 from vtmix.artifacts import Artefact, ClassifierReport
 from vtmix.errors import DamageError, MissingError
-from vtmix.samples import UNCLASSIFIED, probability_columns
+from vtmix.samples import UNCLASSIFIED, are_probabilities, probability_columns
 from vtmix.settings import DomainName
 
 Matrix = npt.NDArray[np.float64]
@@ -46,8 +46,7 @@ class Classifier(Protocol):
 def sound(judged: Matrix) -> Matrix:
     """Probabilities (n, k + 1) as a classifier gave them, with rows that are none, of infinities say, unclassified."""
     rows = judged.copy()
-    with np.errstate(invalid="ignore", over="ignore"):
-        odd = ~((rows >= 0).all(axis=1) & np.isclose(rows.sum(axis=1), 1, rtol=0, atol=1e-9))
+    odd = ~are_probabilities(rows)
     rows[odd, :-1], rows[odd, -1] = 0.0, 1.0
     return rows
 
@@ -124,7 +123,7 @@ def read_judged(path: Path, domains: Sequence[str]) -> dict[str, Matrix]:
         raise MissingError(f"{path}: not found: {remedy}") from None
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DamageError(f"{path}: {str(error).splitlines()[0]}: {remedy}") from None
-    if any(not len(rows) or not np.allclose(rows.sum(axis=1), 1, rtol=0, atol=1e-9) for rows in found.values()):
+    if any(not len(rows) or not are_probabilities(rows).all() for rows in found.values()):
         raise DamageError(f"{path}: does not hold each domain's probabilities: {remedy}")
     return found
 

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from vtmix.artifacts import RunFolder
 from vtmix.distribute import cores
 from vtmix.errors import ConfigError
+from vtmix.settings import Resources
 
 PREFIX = "vtmix-ray-"
 UPLOADED = ("runtime_resources", "working_dir_files")
@@ -76,6 +77,19 @@ def require_durable(run: RunFolder) -> None:
                 "or, where the cluster does not see your folder, a run folder on storage that it shares:\n"
                 f"  ray job submit --working-dir . -- python {script} --run /shared/run"
             )
+
+
+def gpus_for(resources: Resources, device: str | None, spread: int = 1) -> float:
+    """GPUs for whoever computes with a model on a device (None: with none), which is spread over so many of them.
+
+    As set, else what the model takes where there are GPUs; needs a connected cluster.
+    """
+    import ray
+
+    if resources.gpus or device is None:
+        return resources.gpus
+    there = device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
+    return spread if there or device.startswith("cuda") else 0
 
 
 def require_resources(actors: Sequence[Reserved]) -> None:

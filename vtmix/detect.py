@@ -41,7 +41,6 @@ from vtmix.samples import CONTROL, Block, Parts, blocks_of, control_blocks
 from vtmix.settings import Endpoint, MixtureConfig, Probe, PublishedName, Vllm
 from vtmix.stages import Stage
 
-PAPER_SAMPLES = 200_000
 LONGEST_TOKEN = 64
 """Characters: as much of a text as is read for each token of an opening."""
 STEERING = {
@@ -270,13 +269,14 @@ def _draw(
 
 def _early_stop(parts: Parts, config: MixtureConfig) -> EarlyStop:
     """What is reported is what has to be known to the margin: the corrected shares where these are asked for."""
-    judged, control = None, parts.control if config.detection.correct else ()
-    if config.detection.correct and not control:
+    margin, correct = config.detection.stop_at_margin, config.detection.correct
+    judged, control = None, parts.control if correct else ()
+    if margin is not None and correct and not control:
         judged = classify.read_judged(_heldout(run_folder(config)), list(config.domains))
     return EarlyStop(
         parts.rounds,
         parts.domains,
-        config.detection.stop_at_margin,
+        margin,
         judged=judged,
         control=control,
         seed=config.seed,
@@ -374,7 +374,7 @@ def _report(
         unclassified=unclassified,
         samples=len(samples),
         tokens=tokens,
-        paper_tokens=round(tokens / len(samples) * PAPER_SAMPLES),
+        paper_tokens=round(tokens / len(samples) * forecast.PAPER.samples),
         start_token=start_token,
         classifier=classifier.report,
         control=classify.measure("control", control) if control else None,

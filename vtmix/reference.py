@@ -16,7 +16,6 @@ from vtmix.artifacts import Inputs, PoolManifest, Reference, ReferenceLoss, RunF
 from vtmix.encode import load_tokenizer, tokenizer_digest
 from vtmix.errors import MixtureError
 from vtmix.settings import LanguageModel, MixtureConfig
-from vtmix.settings import Reference as Settings
 from vtmix.trainee import Job, train_domain
 
 Backend = Literal["local", "ray"]
@@ -120,20 +119,13 @@ def _on_ray(jobs: Sequence[Job]) -> Iterator[tuple[Job, ReferenceLoss]]:
 
     settings = jobs[0].settings
     with cluster.connect(settings.resources.cpus):
-        gpus = _gpus(settings, ray.cluster_resources().get("GPU", 0))
+        gpus = cluster.gpus_for(settings.resources, settings.device)
         cluster.require_resources([cluster.Reserved(settings.resources.cpus, gpus)])
         task: Any = ray.remote(num_cpus=settings.resources.cpus, num_gpus=gpus)(train_domain)
         pending = {task.remote(job): job for job in jobs}
         while pending:
             done, _ = ray.wait(list(pending))
             yield pending.pop(done[0]), distribute.ray_result(done[0])
-
-
-def _gpus(settings: Settings, there: float) -> float:
-    """GPUs per task: as set, else one where the cluster has one and the device allows."""
-    if settings.resources.gpus or settings.device == "cpu":
-        return settings.resources.gpus
-    return 1 if there or settings.device.startswith("cuda") else 0
 
 
 def _pools(config: MixtureConfig, run: RunFolder) -> tuple[Path, str]:

@@ -63,6 +63,13 @@ def probability_columns(domains: Sequence[str]) -> list[str]:
     return [*(f"p_{domain}" for domain in domains), UNCLASSIFIED]
 
 
+def are_probabilities(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Which rows (n, k + 1) are probabilities that sum to 1: (n,)."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        found: npt.NDArray[np.bool_] = (rows >= 0).all(axis=1) & np.isclose(rows.sum(axis=1), 1, rtol=0, atol=1e-9)
+    return found
+
+
 class Block(NamedTuple):
     """Samples that are generated, classified and committed together: [start, stop) of an iteration."""
 
@@ -210,8 +217,7 @@ class Parts:
         if frame["seed"].to_list() != self.seeds(block) or (frame["iteration"] != block.iteration).any():
             raise ValueError("its samples were drawn with other seeds")
         columns = probability_columns(self.domains)
-        rows = frame.select(columns).to_numpy()
-        if not ((rows >= 0).all() and np.allclose(rows.sum(axis=1), 1, rtol=0, atol=1e-9)):
+        if not are_probabilities(frame.select(columns).to_numpy()).all():
             raise ValueError("probabilities do not sum to 1 in every row")
         return frame.select("iteration", "tokens", *columns)
 

@@ -48,13 +48,8 @@ class Stage:
 
     @property
     def gpus(self) -> float:
-        """GPUs per actor: as set, else what a model takes where there are GPUs; needs a connected cluster."""
-        import ray
-
-        if self.resources.gpus or self.device is None:
-            return self.resources.gpus
-        there = self.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
-        return self.spread if there or self.device.startswith("cuda") else 0
+        """GPUs per actor; needs a connected cluster."""
+        return cluster.gpus_for(self.resources, self.device, self.spread)
 
     @property
     def reserved(self) -> list[Reserved]:
