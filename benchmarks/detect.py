@@ -13,6 +13,7 @@ one text at a time. The model and the texts are the quickstart's (examples/quick
 import argparse
 import functools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from typing import Any
 
 from shared import QUICKSTART, ROOT, end, run
 
-from vtmix import classify, config, forecast, generate, pool
+from vtmix import classify, config, forecast, generate, pool, stages
 from vtmix.artifacts import run_folder
 from vtmix.detect import detect
 from vtmix.errors import VtmixError
@@ -104,7 +105,10 @@ def judged(settings: MixtureConfig, texts: int) -> tuple[float, float]:
 
 def in_its_environment(engine: str, *arguments: str) -> Any:
     """What this file prints on its last line when the engine's own interpreter runs it."""
-    done = subprocess.run([PYTHONS[engine], __file__, *arguments], check=False, capture_output=True, text=True)
+    environment = stages.SPINS | os.environ  # threads that wait as they do in a detection, and by default
+    done = subprocess.run(
+        [PYTHONS[engine], __file__, *arguments], check=False, capture_output=True, text=True, env=environment
+    )
     if done.returncode:
         raise VtmixError(f"{engine} failed on its own:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

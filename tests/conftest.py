@@ -15,6 +15,7 @@ from hypothesis import settings
 import vtmix  # noqa: F401  (sets OMP_WAIT_POLICY before any library starts OpenMP)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # several processes of the suite share the cores
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # How long an example takes says more about what else the machine does.

@@ -1,10 +1,13 @@
 """Two pools of Ray actors work at the same time, and give back what they reserved when they are stopped early."""
 
+import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +39,13 @@ class SlowClassifier:
     def __call__(self, texts):
         time.sleep(SECONDS)
         return np.tile([0.25, 0.5, 0.25], (len(texts), 1))
+
+
+class Waiting:
+    """Says how its threads wait."""
+
+    def __call__(self, seeds, openings):
+        return [Sample(os.environ.get("GOMP_SPINCOUNT", "unset"), (), "stop") for _ in seeds]
 
 
 class GivesUp:
@@ -95,6 +105,21 @@ def test_both_stages_are_busy_at_the_same_time(ray_cluster):
     assert all(found.tokens == 4 and found.generating >= SECONDS <= found.classifying for found in drawn)
     one_after_the_other = (len(PARTS.blocks) - 1) * 2 * SECONDS
     assert arrivals[-1] - arrivals[0] < 0.8 * one_after_the_other
+
+
+@pytest.mark.parametrize(
+    ("judged_on", "users_own", "watches"), [(None, None, True), ("cpu", None, False), (None, "7", False)]
+)
+def test_threads_watch_for_work_where_one_model_has_the_cores_to_itself(
+    ray_cluster, monkeypatch, judged_on, users_own, watches
+):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if users_own:
+        monkeypatch.setenv("GOMP_SPINCOUNT", users_own)
+    generating = dataclasses.replace(stage(Waiting), device="cpu")
+    classifying = dataclasses.replace(stage(SlowClassifier), device=judged_on)
+    (drawn,) = stages.draw(PARTS, dict.fromkeys(PARTS.blocks[:1], ()), generating, classifying)
+    assert (pl.read_parquet(drawn.part)["text"][0] == stages.SPINS["GOMP_SPINCOUNT"]) is watches
 
 
 def test_stopped_early_the_actors_end(ray_cluster):
