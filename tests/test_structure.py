@@ -21,7 +21,7 @@ LAYERS = [
     {"settings"},
     {"config", "commit", "progress", "distribute", "environments", "engine", "published", "forecast", "charts"},
     {"artifacts"},
-    {"mds", "packing", "records", "sources", "samples", "cluster", "stores"},
+    {"mds", "packing", "records", "sources", "samples", "cluster", "background", "stores"},
     {"simplex", "signals", "algorithms"},
     {"explain"},
     {

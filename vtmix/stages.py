@@ -18,7 +18,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from vtmix import cluster
+from vtmix import background, cluster
 from vtmix.classify import Classifier, Matrix, sound
 from vtmix.cluster import Reserved
 from vtmix.distribute import cores
@@ -145,6 +145,7 @@ def _rows(items: list[dict[str, Any]]) -> Any:
     rows.context.enable_progress_bars = False
     # Shares of memory, weighed anew ten times a second, for rows that are small: half of what the driver computes.
     rows.context.op_resource_reservation_enabled = False
+    background.give_way(rows.context)
     return rows
 
 
