@@ -115,7 +115,6 @@ def serving(engine: str, path: Path) -> Iterator[Callable[[], float]]:
             return float(found.removeprefix(ANSWER))
 
         yield rate
-        asked.close()
 
 
 def judged(settings: MixtureConfig, texts: int) -> tuple[float, float]:
