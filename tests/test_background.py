@@ -102,6 +102,16 @@ def test_a_bookkeeper_of_another_process_is_left_as_it_is():
         assert policies(process) == {os.SCHED_IDLE}
 
 
+def test_where_a_sandbox_forbids_it_nothing_gives_way_and_nothing_stops(monkeypatch):
+    def forbidden(*arguments):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setscheduler", forbidden)
+    with posing_as("ray::_StatsActor") as process:
+        background.idle_bookkeepers()
+        assert policies(process) == {os.SCHED_OTHER}
+
+
 def looped(seconds_per_step: float, steps: int) -> tuple[float, int]:
     """A loop of so many steps, in a thread as it would be; gives the seconds of its last pause, and its policy."""
     context = SimpleNamespace(custom_execution_callback_classes=[])

@@ -77,5 +77,5 @@ def idle_bookkeepers() -> None:
 
 def _idle(thread: int) -> None:
     if hasattr(os, "SCHED_IDLE"):
-        with suppress(ProcessLookupError):
+        with suppress(OSError):  # it has ended meanwhile, or a sandbox forbids it: no reason to stop a pipeline
             os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
